@@ -1,0 +1,45 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# The links `modeling` and `conversion` lead into cmcr_hf, so folders are named: nothing is checked twice.
+FOLDERS := $(wildcard cmcr_hf tests benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.installed ## connect two small spaces offline and report what came of it
+	$(BIN)/cmcr demo
+
+test: .venv/.installed ## run the fast tests
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/.installed ## run the slow tests, and only these
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/.installed ## check style, format and types
+	$(BIN)/ruff check $(FOLDERS)
+	$(BIN)/ruff format --check $(FOLDERS)
+	$(BIN)/mypy
+
+format: .venv/.installed ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only $(FOLDERS)
+	$(BIN)/ruff format $(FOLDERS)
+
+bench: .venv/.installed ## measure speed and quality
+	$(BIN)/python -m benchmarks
+
+wheel: .venv/.installed ## build the sdist, and from it the wheel, into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove the environment, the builds and the caches
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(FOLDERS) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "Installing cmcr_hf and its tools into .venv (this may take a minute) ..."
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch -e ".[dev]"
+	@touch $@

@@ -1,0 +1,289 @@
+"""Baselines that connect two spaces through a bank of texts embedded in both, to stand beside a trained connector.
+
+Row i of `text_a` and row i of `text_b` are the same text in space A and in space B. Every embedding is a unit row of
+a float tensor (n, width); half precisions are computed in float32. Scores are (rows of a, rows of b), larger is
+better.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.functional import normalize
+
+# Chosen without pairs: between the 0.01 of C-MCR's semantic consistency and the width of a posterior match.
+BRIDGE_TEMPERATURE = 0.03
+# Found with small encoders of 128 dimensions; no value is established for other widths.
+POSTERIOR_TEMPERATURE = 0.06
+
+# Bytes of the largest (queries, texts) matrix alive at once.
+_BLOCK_BYTES = 2**27
+
+
+def unconnected(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Score by cosine as if both spaces were one: a b^T.
+
+    Raises:
+        ValueError: the spaces have different widths.
+    """
+    a, b = _unit_rows("a", a), _unit_rows("b", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"Got widths {a.shape[1]} and {b.shape[1]}, expected equal ones for a direct cosine; leave this baseline "
+            "out."
+        )
+    return a @ b.T
+
+
+def one_way_bridge(
+    a: torch.Tensor,
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    temperature: float = BRIDGE_TEMPERATURE,
+) -> torch.Tensor:
+    """Score by carrying every row of a over the texts into space B: normalize(softmax(a text_a^T / t) text_b) b^T.
+
+    Training-free and knows no class. The default temperature is chosen without pairs.
+    """
+    a, text_a, text_b, b = _checked(a, text_a, text_b, b)
+    _check_positive("temperature", temperature)
+    carried = torch.empty(len(a), text_b.shape[1], dtype=text_b.dtype, device=text_b.device)
+    for rows in _blocks(len(a), len(text_a) * a.element_size()):
+        carried[rows] = _softmax_(a[rows] @ text_a.T, temperature) @ text_b
+    return normalize(carried, dim=-1) @ b.T
+
+
+def two_way_bridge(
+    a: torch.Tensor,
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    temperature: float = BRIDGE_TEMPERATURE,
+) -> torch.Tensor:
+    """Score by the plain mean of the one-way bridge from a to b and the transposed one from b to a.
+
+    The two cosine matrices are averaged as they are, without standardising either. Training-free.
+    """
+    there = one_way_bridge(a, text_a, text_b, b, temperature=temperature)
+    return (there + one_way_bridge(b, text_b, text_a, a, temperature=temperature).T) / 2
+
+
+def posterior_matching(
+    a: torch.Tensor,
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    temperature: float = POSTERIOR_TEMPERATURE,
+) -> torch.Tensor:
+    """Score by the probability of drawing the same text from both sides: s = sum_t p(t | a) p(t | b), in [0, 1].
+
+    p(t | a) = softmax_t(a text_a^T / temperature), and p(t | b) likewise in space B. Training-free. The two spaces
+    meet in probabilities only, so no vector of one modality is ever averaged into, or compared as, one of another.
+    """
+    a, text_a, text_b, b = _checked(a, text_a, text_b, b)
+    _check_positive("temperature", temperature)
+    log_partition_a = _log_partition(a, text_a, temperature)
+    log_partition_b = _log_partition(b, text_b, temperature)
+    scores = torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device)
+    for texts in _blocks(len(text_a), (len(a) + len(b)) * a.element_size()):
+        posterior_a = (a @ text_a[texts].T).div_(temperature).sub_(log_partition_a).exp_()
+        posterior_b = (b @ text_b[texts].T).div_(temperature).sub_(log_partition_b).exp_()
+        scores.addmm_(posterior_a, posterior_b.T)
+    return scores
+
+
+def closed_cascade(a: torch.Tensor, names_a: torch.Tensor, names_b: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Score by classifying a among the class names: names_b[argmax(a names_a^T)] b^T.
+
+    It knows the closed set of classes, which an open bank or a connector does not: a yardstick of the encoders.
+    """
+    a, names_a, names_b, b = _checked(a, names_a, names_b, b)
+    return names_b[(a @ names_a.T).argmax(dim=1)] @ b.T
+
+
+def ridge_map(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> torch.Tensor:
+    """Fit a linear map W (d_a, d_b) without intercept: min_W mean_i ||a_i W - b_i||^2 + ridge / d_a ||W||^2.
+
+    Fitted on the texts, so not training-free; solved in float64. Use it as normalize(a W) b^T.
+
+    Args:
+        ridge: penalty in units of 1 / d_a, the mean eigenvalue of the second moment of unit rows, so that its weight
+            depends on neither the size of the bank nor the width. The default is chosen without pairs.
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    _check_positive("ridge", ridge)
+    width = text_a.shape[1]
+    penalty = ridge / width * torch.eye(width, dtype=torch.float64, device=text_a.device)
+    factor = torch.linalg.cholesky(_second_moment(text_a, text_a) + penalty)
+    return torch.cholesky_solve(_second_moment(text_a, text_b), factor).to(text_a.dtype)
+
+
+def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
+    """Fit the rotation W = U V^T (d_a, d_b) of the singular value decomposition U S V^T = text_a^T text_b.
+
+    It maximises mean_i <a_i W, b_i> over orthogonal W (semi-orthogonal ones at unequal widths). Fitted on the texts,
+    so not training-free; solved in float64. Use it as normalize(a W) b^T.
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    left, _, right = torch.linalg.svd(_second_moment(text_a, text_b), full_matrices=False)
+    rotation: torch.Tensor = left @ right
+    return rotation.to(text_a.dtype)
+
+
+def derange_by_name(names: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+    """Draw the null pairing of a bank: an index (n,) of rows in which no row meets a row of its own name.
+
+    The distinct names are deranged, uniformly by rejection; a row is paired with a random row of the name that its own
+    name maps to, and no row of that name is used a second time before all of them are used once. Use it as
+    `text_b[index]`: text_a stays as it is and every true link is lost.
+
+    Args:
+        names: the name (class or text) of every row; rows of equal names count as interchangeable.
+        generator: source of all randomness; the index lies on its device.
+
+    Raises:
+        ValueError: fewer than 2 distinct names.
+    """
+    rows_by_name: dict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(names):
+        rows_by_name[name].append(row)
+    groups = list(rows_by_name.values())
+    if len(groups) < 2:
+        raise ValueError(f"Got {len(groups)} distinct names, expected at least 2; pass the name of every row.")
+    device = generator.device
+    identity = torch.arange(len(groups), device=device)
+    target = torch.randperm(len(groups), generator=generator, device=device)
+    while (target == identity).any():
+        target = torch.randperm(len(groups), generator=generator, device=device)
+    index = torch.empty(len(names), dtype=torch.long, device=device)
+    for rows, group in zip(groups, target.tolist(), strict=True):
+        partners = torch.tensor(groups[group], device=device)
+        rounds = -(-len(rows) // len(partners))
+        drawn = [torch.randperm(len(partners), generator=generator, device=device) for _ in range(rounds)]
+        index[torch.tensor(rows, device=device)] = partners[torch.cat(drawn)[: len(rows)]]
+    return index
+
+
+def baseline_scores(
+    audio: torch.Tensor,
+    image: torch.Tensor,
+    text_audio_space: torch.Tensor,
+    text_image_space: torch.Tensor,
+    names_audio_space: torch.Tensor | None = None,
+    names_image_space: torch.Tensor | None = None,
+    *,
+    temperature: float | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Score audio against images, and images against audio, with every baseline.
+
+    Each value is (audio to image (n_audio, n_image), image to audio (n_image, n_audio)). Methods with a direction (the
+    one-way bridge, the fitted maps, the cascade) start from the query's side both times; the others are transposed.
+    "unconnected" is left out when the widths differ, "closed cascade" without names.
+
+    Args:
+        temperature: one temperature for both bridges and posterior matching; `None` uses each one's own default.
+    """
+    if (names_audio_space is None) != (names_image_space is None):
+        raise ValueError("Got class names in one space only, expected both or neither; embed them in both spaces.")
+    bridge_temperature = BRIDGE_TEMPERATURE if temperature is None else temperature
+    posterior_temperature = POSTERIOR_TEMPERATURE if temperature is None else temperature
+    audio, text_a, text_b, image = _checked(audio, text_audio_space, text_image_space, image)
+
+    scores = {}
+    if audio.shape[1] == image.shape[1]:
+        cosine = unconnected(audio, image)
+        scores["unconnected"] = (cosine, cosine.T)
+    for name, fit in (("ridge", ridge_map), ("procrustes", procrustes_map)):
+        scores[name] = (
+            normalize(audio @ fit(text_a, text_b), dim=-1) @ image.T,
+            normalize(image @ fit(text_b, text_a), dim=-1) @ audio.T,
+        )
+    there = one_way_bridge(audio, text_a, text_b, image, temperature=bridge_temperature)
+    back = one_way_bridge(image, text_b, text_a, audio, temperature=bridge_temperature)
+    scores["one-way bridge"] = (there, back)
+    two_way = (there + back.T) / 2
+    scores["two-way bridge"] = (two_way, two_way.T)
+    matched = posterior_matching(audio, text_a, text_b, image, temperature=posterior_temperature)
+    scores["posterior matching"] = (matched, matched.T)
+    if names_audio_space is not None and names_image_space is not None:
+        scores["closed cascade"] = (
+            closed_cascade(audio, names_audio_space, names_image_space, image),
+            closed_cascade(image, names_image_space, names_audio_space, audio),
+        )
+    return scores
+
+
+def _checked(
+    a: torch.Tensor, text_a: torch.Tensor, text_b: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    a, b = _unit_rows("a", a), _unit_rows("b", b)
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    for side, rows, texts in (("a", a, text_a), ("b", b, text_b)):
+        if rows.shape[1] != texts.shape[1]:
+            raise ValueError(
+                f"Got {side} of width {rows.shape[1]} and its texts of width {texts.shape[1]}, expected one space; "
+                "check the order a, text_a, text_b, b."
+            )
+    return a, text_a, text_b, b
+
+
+def _aligned_texts(text_a: torch.Tensor, text_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(text_a) != len(text_b):
+        raise ValueError(
+            f"Got {len(text_a)} texts in space A and {len(text_b)} in space B, expected the same texts row by row; "
+            "embed one list with both text encoders."
+        )
+    return _unit_rows("text_a", text_a), _unit_rows("text_b", text_b)
+
+
+def _unit_rows(name: str, embeds: torch.Tensor) -> torch.Tensor:
+    if embeds.dim() != 2 or embeds.numel() == 0 or not embeds.is_floating_point():
+        raise ValueError(
+            f"Got {name} of shape {tuple(embeds.shape)} and type {embeds.dtype}, expected float rows (n, width); pass "
+            "a filled matrix."
+        )
+    norms = torch.linalg.vector_norm(embeds, dim=1, dtype=torch.promote_types(embeds.dtype, torch.float32))
+    # bfloat16 keeps 8 bits, so the norm of a rounded unit row may be off by thousandths. NaN fails the comparison.
+    unit = (norms - 1).abs() < 1e-2
+    if not unit.all():
+        raise ValueError(
+            f"Got {name} with a row of norm {norms[~unit][0].item():.4g}, expected unit rows; normalize the "
+            "embeddings first."
+        )
+    return embeds.detach().to(norms.dtype)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"Got {name}={value}, expected a positive number; pass {name}= above 0.")
+
+
+def _blocks(rows: int, bytes_a_row: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_BYTES // bytes_a_row)
+    return (slice(begin, begin + step) for begin in range(0, rows, step))
+
+
+def _softmax_(cosine: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Turn cosines into softmax(cosine / temperature) in place, so that a block is held once."""
+    weights = cosine.sub_(cosine.amax(1, keepdim=True)).div_(temperature).exp_()
+    return weights.div_(weights.sum(1, keepdim=True))
+
+
+def _log_partition(queries: torch.Tensor, texts: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log sum_t exp(queries texts^T / temperature), (n, 1)."""
+    blocks = _blocks(len(queries), len(texts) * queries.element_size())
+    return torch.cat([(queries[rows] @ texts.T).div_(temperature).logsumexp(1, keepdim=True) for rows in blocks])
+
+
+def _second_moment(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return mean_i a_i^T b_i in float64, without a float64 copy of the bank."""
+    moment = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
+    for rows in _blocks(len(a), 8 * (a.shape[1] + b.shape[1])):
+        moment.addmm_(a[rows].double().T, b[rows].double())
+    return moment / len(a)

@@ -1,0 +1,180 @@
+"""Cross-modal retrieval metrics over a score matrix, with ties counted at their expected value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Labels = Sequence[str] | torch.Tensor
+
+# Elements of one (queries, gallery) block: about ten float64 or int64 intermediates of it are alive at once.
+_BLOCK_ELEMENTS = 2**21
+
+
+def label_retrieval(
+    scores: torch.Tensor, query_labels: Labels, gallery_labels: Labels, ks: Sequence[int] = (1, 10)
+) -> dict[str, float]:
+    """Measure class-level retrieval: precision among the first k and mean average precision.
+
+    A gallery item is relevant to a query when their labels are equal. Average precision runs over the whole gallery.
+    Items with equal scores have no order, so each metric is its exact expectation over a random order of them
+    (McSherry and Najork, 2008): constant scores give `chance`, not the luck of the storage order.
+
+    Args:
+        scores: (n_queries, n_gallery), larger is better; infinities are allowed.
+        query_labels: n_queries strings, or an integer tensor (n_queries,).
+        gallery_labels: n_gallery labels of the same kind.
+        ks: cut-offs between 1 and n_gallery.
+
+    Returns:
+        "P@k" for every k, and "mAP", means over the queries, in [0, 1].
+
+    Raises:
+        ValueError: NaN scores, sizes that do not fit, or a query without any relevant gallery item.
+    """
+    _check_scores(scores)
+    queries, gallery = _label_codes(query_labels, gallery_labels)
+    if scores.shape != (len(queries), len(gallery)):
+        raise ValueError(
+            f"Got scores of shape {tuple(scores.shape)}, expected ({len(queries)}, {len(gallery)}) for the query and "
+            "gallery labels; pass one label for every row and column."
+        )
+    _check_cutoffs(ks, len(gallery))
+    queries, gallery = queries.to(scores.device), gallery.to(scores.device)
+    totals = {f"P@{k}": 0.0 for k in ks} | {"mAP": 0.0}
+    rows = max(1, _BLOCK_ELEMENTS // len(gallery))
+    for begin in range(0, len(queries), rows):
+        block = slice(begin, begin + rows)
+        relevant = queries[block, None] == gallery
+        probability, precision = _expected_ranking(scores[block], relevant)
+        for k in ks:
+            totals[f"P@{k}"] += (probability[:, :k].sum(1) / k).sum().item()
+        totals["mAP"] += ((probability * precision).sum(1) / relevant.sum(1)).sum().item()
+    return {name: total / len(queries) for name, total in totals.items()}
+
+
+def pair_retrieval(
+    scores: torch.Tensor, gold: torch.Tensor | None = None, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Measure instance-level retrieval: recall at k and median rank of the one true column of every row.
+
+    The rank of a true column is 1 + the number of strictly better columns + half of the other columns tied with it:
+    its mean over a random order of the ties. "R@k" is the probability under the same random order that the rank is at
+    most k, so that constant scores over m columns give k / m.
+
+    Args:
+        scores: (n, m), larger is better; infinities are allowed.
+        gold: (n,) integer tensor with the true column of every row. `None` means the diagonal of a square matrix.
+        ks: cut-offs between 1 and m.
+
+    Returns:
+        "R@k" for every k, in [0, 1], and "median_rank", from 1 to m.
+
+    Raises:
+        ValueError: NaN scores, a matrix that is not square without `gold`, or a true column outside the matrix.
+    """
+    _check_scores(scores)
+    n, m = scores.shape
+    _check_cutoffs(ks, m)
+    if gold is None:
+        if n != m:
+            raise ValueError(f"Got scores of shape ({n}, {m}) without gold, expected a square matrix; pass gold=.")
+        gold = torch.arange(n)
+    if gold.shape != (n,) or gold.is_floating_point() or gold.dtype == torch.bool:
+        raise ValueError(
+            f"Got gold of shape {tuple(gold.shape)} and type {gold.dtype}, expected ({n},) integers; pass one true "
+            "column for every row."
+        )
+    if gold.min() < 0 or gold.max() >= m:
+        raise ValueError(
+            f"Got gold columns from {gold.min()} to {gold.max()}, expected 0 to {m - 1}; check the pairing."
+        )
+    true_scores = scores.gather(1, gold.to(scores.device, torch.long)[:, None])
+    better = (scores > true_scores).sum(1).double()
+    ties = (scores == true_scores).sum(1).double() - 1
+    metrics = {f"R@{k}": ((k - better) / (ties + 1)).clamp(0, 1).mean().item() for k in ks}
+    return metrics | {"median_rank": (1 + better + ties / 2).quantile(0.5).item()}
+
+
+def chance(query_labels: Labels, gallery_labels: Labels, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
+    """Return the exact expectation of `label_retrieval` for a uniformly random ranking.
+
+    For R relevant of N gallery items, E[P@k] = R / N and
+    E[AP] = 1/N * sum_{k=1..N} ((R - 1)(k - 1) / (N - 1) + 1) / k.
+    """
+    queries, gallery = _label_codes(query_labels, gallery_labels)
+    _check_cutoffs(ks, len(gallery))
+    n = len(gallery)
+    relevant = torch.bincount(gallery)[queries].double()
+    harmonic = (1 / torch.arange(1, n + 1, dtype=torch.float64)).sum()
+    # sum_k (k - 1) / k = N - H_N
+    average_precision = ((relevant - 1) * (n - harmonic) / max(n - 1, 1) + harmonic) / n
+    return {f"P@{k}": (relevant / n).mean().item() for k in ks} | {"mAP": average_precision.mean().item()}
+
+
+def _expected_ranking(scores: torch.Tensor, relevant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, for every rank, the probability of a relevant item and the expected precision there if it is relevant.
+
+    In a tie group of n items, r of them relevant, that follows s items with R relevant ones, rank s + j holds a
+    relevant item with probability r / n; if it does, R + (j - 1)(r - 1) / (n - 1) relevant items precede it on
+    average.
+    """
+    ordered, order = scores.sort(dim=1, descending=True)
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    border = torch.ones_like(relevant[:, :1])
+    change = ordered[:, 1:] != ordered[:, :-1]
+    start = position.where(torch.cat([border, change], 1), 0).cummax(1).values
+    stop = (position + 1).where(torch.cat([change, border], 1), scores.shape[1]).flip(1).cummin(1).values.flip(1)
+    found = torch.nn.functional.pad(relevant.gather(1, order).double().cumsum(1), (1, 0))
+    before = found.gather(1, start)
+    inside = found.gather(1, stop) - before
+    size = stop - start
+    earlier = (position - start) * (inside - 1) / (size - 1).clamp(min=1)
+    return inside / size, (before + earlier + 1) / (position + 1)
+
+
+def _label_codes(query_labels: Labels, gallery_labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the labels of both sides alike, and check that every query label occurs in the gallery."""
+    queries, gallery = _label_list("query", query_labels), _label_list("gallery", gallery_labels)
+    code = {label: index for index, label in enumerate(dict.fromkeys(gallery))}
+    for label in queries:
+        if label not in code:
+            raise ValueError(
+                f"Got query label {label!r}, which no gallery item has, expected a relevant item for every query; "
+                "drop its queries, or pass labels of the same kind on both sides."
+            )
+    return torch.tensor([code[label] for label in queries]), torch.tensor([code[label] for label in gallery])
+
+
+def _label_list(side: str, labels: Labels) -> list[str | int]:
+    if isinstance(labels, torch.Tensor):
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"Got {side} labels of shape {tuple(labels.shape)} and type {labels.dtype}, expected a flat integer "
+                "tensor; pass class indices."
+            )
+        labels = labels.tolist()
+    elif isinstance(labels, str):
+        raise ValueError(f"Got {side} labels as one string {labels!r}, expected a list of strings; wrap it in a list.")
+    if not labels:
+        raise ValueError(f"Got no {side} labels, expected at least one; pass a label for every {side} item.")
+    return list(labels)
+
+
+def _check_scores(scores: torch.Tensor) -> None:
+    if scores.dim() != 2 or scores.numel() == 0:
+        raise ValueError(
+            f"Got scores of shape {tuple(scores.shape)}, expected (n_queries, n_gallery); pass a filled matrix."
+        )
+    rows = scores.isnan().any(1).nonzero()
+    if len(rows):
+        raise ValueError(
+            f"Got NaN scores in {len(rows)} rows, first row {rows[0].item()}, expected numbers; check the embeddings."
+        )
+
+
+def _check_cutoffs(ks: Sequence[int], gallery_size: int) -> None:
+    for k in ks:
+        if not 1 <= k <= gallery_size:
+            raise ValueError(f"Got cut-off k={k}, expected 1 to {gallery_size}, the gallery's size; pass other ks=.")

@@ -1,0 +1,203 @@
+# Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
+"""C-MCR configuration: which spaces are connected, through what, and how."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# What a source model of each role can embed, and the leaf modality that is left when the overlap is taken out. A ULIP
+# point cloud is always the leaf: its text and image towers are there for the sake of the clouds.
+SPACE_MODALITIES = {
+    "clip": ("image", "text"),
+    "clap": ("audio", "text"),
+    "ulip": ("point_cloud", "image", "text"),
+}
+LEAF_MODALITIES = {
+    ("clip", "text"): "image",
+    ("clip", "image"): "text",
+    ("clap", "text"): "audio",
+    ("ulip", "text"): "point_cloud",
+    ("ulip", "image"): "point_cloud",
+}
+PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "identity")
+
+
+def source_embedding_dim(config: PreTrainedConfig) -> int | None:
+    """Return the width of what a source model's `get_*_features` give, `None` where its configuration is silent."""
+    if getattr(config, "projection_dim", None):
+        return config.projection_dim  # CLIP, CLAP and their relatives
+    text_config = getattr(config, "text_config", None)
+    for field in ("projection_size", "hidden_size"):  # SigLIP and SigLIP 2 project into the text tower's width
+        if getattr(text_config, field, None):
+            return getattr(text_config, field)
+    return None
+
+
+@strict
+class CMCRConfig(PreTrainedConfig):
+    r"""Configuration of a [`CMCRModel`] or a [`CMCRConnector`].
+
+    Args:
+        clip_config, clap_config:
+            Configurations of the frozen source models, each optional. `clip_config` may be any image-text model of
+            transformers with `get_image_features` and `get_text_features` (CLIP, SigLIP, SigLIP 2), `clap_config` any
+            audio-text one. The keys name the roles, which the checkpoints, projectors and bridges share.
+        sources:
+            Where each source came from: `{space: {"id": hub id or folder, "revision": commit}}`. A connector-only
+            checkpoint finds its sources by it.
+        projectors:
+            One entry a space: `{"layout": str, "input_dim": int, "hidden_dim": int}`. Layouts:
+            `linear-bn-relu-linear-bn` (the heads of the official `clap_clip.pt`), `linear-bn-relu` (those of
+            `ulip_clip.pt`), `identity` (the space is the shared one). Missing fields are filled in: the first layout,
+            the source's own width, twice `projection_dim`, which is 512-1024-512 at the official sizes.
+        projection_dim:
+            Width of the shared space.
+        bridges:
+            `[space, space, overlap modality]` each. Defaults to the pair at hand: CLIP-CLAP through text, CLIP-ULIP
+            through images.
+        objective:
+            Name of the training objective. `c-mcr` is the paper's (equations 1 to 6 of arXiv 2305.14381).
+        overlap_temperature, leaf_temperature:
+            Temperatures of the two InfoNCE terms (tau_2 for the native pairs, tau_3 for the pseudo pairs). The paper
+            leaves them open; 0.01 is the temperature of its aggregation, and what CLIP itself converged to.
+        intra_weight:
+            Weight lambda of the term that closes the modality gap inside a space. 0.1 in Ex-MCR, by the same group.
+        intra_squared:
+            Whether that term squares the distance. The paper's figure reads as a plain Euclidean norm, hence `False`.
+        noise_norm:
+            Expected norm of the Gaussian noise (semantic completion) relative to a unit embedding; the variance of a
+            coordinate is `noise_norm ** 2 / width`. The default is the paper's variance of 0.004 at 512 dimensions,
+            and the same *angle* (cosine 0.57 with the clean vector) at any other width. 0 switches the noise off.
+        default_spaces:
+            `{modality: space}`: the space that `get_text_features` and its like use when none is named. Text and
+            images default to CLIP, which has seen the most of both.
+        freeze_sources:
+            Keep the sources without gradients and in eval mode, whatever `train()` says. `False` fine-tunes them too.
+        logit_scale_init_value:
+            Natural logarithm of the initial logit scale. Default ln 10: the official demo shows `softmax(10 *
+            cosine)`.
+    """
+
+    model_type = "cmcr"
+    sub_configs_defaults = {  # noqa: RUF012  (the class attribute that transformers reads)
+        "clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip", optional=True),
+        "clap_config": SubConfigSpec(config_class=AutoConfig, model_type="clap", optional=True),
+    }
+    # Scalars of the training step: Trainer would try to concatenate them over evaluation batches.
+    keys_to_ignore_at_inference = ["loss_overlap", "loss_leaf", "loss_intra"]  # noqa: RUF012
+
+    clip_config: PreTrainedConfig | dict | None = None
+    clap_config: PreTrainedConfig | dict | None = None
+    sources: dict | None = None
+    projectors: dict | None = None  # complete after creation, as are bridges and default_spaces
+    projection_dim: int = 512
+    bridges: list | None = None
+    objective: str = "c-mcr"
+    overlap_temperature: float | int = 0.01
+    leaf_temperature: float | int = 0.01
+    intra_weight: float | int = 0.1
+    intra_squared: bool = False
+    noise_norm: float | int = 1.4310835
+    default_spaces: dict | None = None
+    freeze_sources: bool = True
+    logit_scale_init_value: float | int = 2.3025851
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        given = self.projectors or {}
+        spaces = [space for space in SPACE_MODALITIES if space in given or self.source_config(space) is not None]
+        if not spaces and not given:
+            # What `CMCRConfig()` means, which transformers itself asks for when it compares a configuration to its
+            # defaults.
+            spaces = ["clip", "clap"]
+        self.projectors = {
+            **{space: self._complete_projector(space, given.get(space) or {}) for space in spaces},
+            **{space: given[space] for space in given if space not in spaces},
+        }
+        if self.bridges is None:
+            self.bridges = [
+                bridge
+                for bridge in (["clip", "clap", "text"], ["clip", "ulip", "image"])
+                if bridge[0] in spaces and bridge[1] in spaces
+            ]
+        preferred = {"text": "clip", "image": "clip", "audio": "clap", "point_cloud": "ulip"}
+        defaults = {}
+        for modality, favourite in preferred.items():
+            able = [space for space in spaces if modality in SPACE_MODALITIES[space]]
+            if able:
+                defaults[modality] = favourite if favourite in able else able[0]
+        self.default_spaces = {**defaults, **(self.default_spaces or {})}
+
+    def _complete_projector(self, space: str, given: dict) -> dict:
+        source = self.source_config(space)
+        input_dim = given.get("input_dim") or (512 if source is None else source_embedding_dim(source))
+        if input_dim is None:
+            raise ValueError(
+                f"Cannot tell the embedding width of a {type(source).__name__}. State it: "
+                f"projectors={{{space!r}: {{'input_dim': WIDTH}}}}."
+            )
+        projector = {"layout": PROJECTOR_LAYOUTS[0], **given, "input_dim": input_dim}
+        if projector["layout"] == PROJECTOR_LAYOUTS[0]:
+            projector.setdefault("hidden_dim", 2 * self.projection_dim)
+        return projector
+
+    def source_config(self, space: str) -> PreTrainedConfig | None:
+        """Return the configuration of the source model in this role, or `None` where it is not given."""
+        return getattr(self, f"{space}_config", None)
+
+    @property
+    def spaces(self) -> list[str]:
+        """The connected spaces, in the order `clip`, `clap`, `ulip`."""
+        return list(self.projectors or {})
+
+    def space_of(self, modality: str, space: str | None = None) -> str:
+        """Return the space through which a modality is embedded: the one asked for, else the default one.
+
+        Raises:
+            ValueError: no connected space has this modality, or the one asked for has not.
+        """
+        able = [name for name in self.spaces if modality in SPACE_MODALITIES[name]]
+        space = space or (self.default_spaces or {}).get(modality)
+        if space not in able:
+            raise ValueError(
+                f"Expected a space that embeds {modality}, one of {able}, got {space!r}. Pass space= accordingly, or "
+                "build the model with a source that has this modality."
+            )
+        return space
+
+    def validate_architecture(self):
+        """Check that the fields agree with each other (called by transformers at creation and at saving)."""
+        super().validate_architecture()
+        for space, projector in self.projectors.items():
+            if space not in SPACE_MODALITIES:
+                raise ValueError(f"Unknown space {space!r} in projectors: expected one of {list(SPACE_MODALITIES)}.")
+            unknown = set(projector) - {"layout", "input_dim", "hidden_dim"}
+            if unknown:
+                raise ValueError(f"Unknown fields {sorted(unknown)} in the {space} projector.")
+            if projector["layout"] not in PROJECTOR_LAYOUTS:
+                raise ValueError(
+                    f"Unknown layout {projector['layout']!r} of the {space} projector: expected one of "
+                    f"{PROJECTOR_LAYOUTS}."
+                )
+            if projector["layout"] == "identity" and projector["input_dim"] != self.projection_dim:
+                raise ValueError(
+                    f"The {space} projector is the identity, so projection_dim must equal its width "
+                    f"{projector['input_dim']}, got {self.projection_dim}."
+                )
+        for bridge in self.bridges:
+            if len(bridge) != 3 or any((space, bridge[2]) not in LEAF_MODALITIES for space in bridge[:2]):
+                raise ValueError(f"Expected a bridge as [space, space, overlap modality], got {bridge}.")
+            if bridge[0] not in self.projectors or bridge[1] not in self.projectors:
+                raise ValueError(f"The bridge {bridge} names a space without a projector; there are {self.spaces}.")
+        for modality, space in self.default_spaces.items():
+            if space not in self.projectors or modality not in SPACE_MODALITIES[space]:
+                raise ValueError(f"The default space of {modality} cannot be {space!r}.")
+        for name in ("overlap_temperature", "leaf_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("intra_weight", "noise_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+__all__ = ["CMCRConfig"]

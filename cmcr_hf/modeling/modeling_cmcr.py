@@ -1,0 +1,543 @@
+# Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
+"""C-MCR models: frozen contrastive sources, one projector a space, and the losses that train the projectors.
+
+Method: "Connecting Multi-modal Contrastive Representations", arXiv 2305.14381. The authors released inference code
+only; the training here follows the paper. Layouts of the projectors: the official heads (MCR-PEFT/C-MCR, CC BY 4.0).
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils.hub import resolve_revision
+
+from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, CMCRConfig, source_embedding_dim
+
+logger = logging.get_logger(__name__)
+
+# What `from_pretrained` passes on from a connector to its sources; `revision` and `subfolder` are each repository's
+# own.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def normalize(embeds: torch.Tensor) -> torch.Tensor:
+    """Scale the rows to unit length, computed in float32 and returned in the dtype of `embeds`."""
+    return F.normalize(embeds.float(), dim=-1).to(embeds.dtype)
+
+
+def symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Return the mean of both directions' cross entropies between aligned unit rows (equation 4).
+
+    Args:
+        a, b: `(batch, dim)`, row i of one belongs to row i of the other, all other rows are negatives.
+        scale: inverse temperature.
+    """
+    logits = a @ b.T * scale
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@dataclass
+class CMCRConnectorOutput(ModelOutput):
+    """Output of [`CMCRConnector`].
+
+    Args:
+        loss: the objective, a scalar, when `return_loss`.
+        embeds: `{"{space}_{modality}": (batch, projection_dim)}`, unit rows of the shared space.
+        loss_overlap, loss_leaf, loss_intra: the terms of the objective before weighting, scalars.
+    """
+
+    loss: torch.Tensor | None = None
+    embeds: dict[str, torch.Tensor] | None = None
+    loss_overlap: torch.Tensor | None = None
+    loss_leaf: torch.Tensor | None = None
+    loss_intra: torch.Tensor | None = None
+
+
+@dataclass
+class CMCROutput(ModelOutput):
+    """Output of [`CMCRModel`]. What was not given as input is `None`.
+
+    Args:
+        loss: mean symmetric InfoNCE over all pairs of given modalities, when `return_loss`.
+        logits_per_image: `(images, texts)`, scaled cosines.
+        logits_per_text: `(texts, images)`, or `(texts, clips)` where no images are given.
+        logits_per_audio: `(clips, texts)`.
+        logits_per_audio_image: `(clips, images)`.
+        image_embeds, text_embeds, audio_embeds: `(rows, projection_dim)`, unit rows of the shared space.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    logits_per_audio: torch.Tensor | None = None
+    logits_per_audio_image: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    audio_embeds: torch.Tensor | None = None
+
+
+class CMCRProjector(nn.Module):
+    """Map one source space into the shared space: `(rows, input_dim)` to `(rows, projection_dim)`, not normalised."""
+
+    def __init__(self, layout: str, input_dim: int, projection_dim: int, hidden_dim: int | None = None):
+        super().__init__()
+        layers: list[nn.Module] = []
+        if layout == "linear-bn-relu-linear-bn":
+            hidden_dim = hidden_dim or 2 * projection_dim
+            layers = [nn.Linear(input_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
+            layers += [nn.Linear(hidden_dim, projection_dim), nn.BatchNorm1d(projection_dim)]
+        elif layout == "linear-bn-relu":
+            layers = [nn.Linear(input_dim, projection_dim), nn.BatchNorm1d(projection_dim), nn.ReLU()]
+        elif layout != "identity":
+            raise ValueError(f"Unknown projector layout {layout!r}: expected one of {PROJECTOR_LAYOUTS}.")
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        return self.layers(embeds)
+
+
+class CMCRPreTrainedModel(PreTrainedModel):
+    config: CMCRConfig
+    config_class = CMCRConfig
+    # On both classes: a connector's keys then find their place in a full model, and the other way round.
+    base_model_prefix = "connector"
+    # The losses are means over the batch, so Trainer averages them over gradient accumulation.
+    accepts_loss_kwargs = False
+    # The sources have the attention layers; both classes share the configuration that carries the choice to them.
+    _supports_sdpa = True
+    _no_split_modules = ["CMCRConnector"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear):
+            # The initialisation torch gives to Linear, which the official heads were trained from.
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, CMCRConnector):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def _load_checked(cls, name, *args, output_loading_info=False, **kwargs):
+        # transformers only warns when a parameter is missing from the checkpoint, and leaves it random.
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The checkpoint {str(name)!r} lacks {len(missing)} of the weights of a {cls.__name__}, e.g. "
+                f"{missing[0]!r}. Load a folder written by save_pretrained of this class or of CMCRModel."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class CMCRConnector(CMCRPreTrainedModel):
+    """The trained part of C-MCR alone: the projectors and their objective, on embeddings of the source spaces.
+
+    Example:
+        >>> projectors = {"clip": {"input_dim": 4}, "clap": {"input_dim": 6}}
+        >>> connector = CMCRConnector(CMCRConfig(projection_dim=8, projectors=projectors))
+        >>> connector.eval().project(torch.randn(2, 4), "clip").shape
+        torch.Size([2, 8])
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(clip|clap|ulip)\."]  # noqa: RUF012
+
+    def __init__(self, config: CMCRConfig):
+        super().__init__(config)
+        self.projectors = nn.ModuleDict(
+            {
+                space: CMCRProjector(**projector, projection_dim=config.projection_dim)
+                for space, projector in (config.projectors or {}).items()
+            }
+        )
+        # For the logits of CMCRModel; the temperatures of the objective are fixed numbers of the configuration.
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load the connector of a connector-only checkpoint or of a full model, from a folder or the Hub.
+
+        Raises:
+            ValueError: the checkpoint lacks a projector's weights.
+        """
+        return cls._load_checked(pretrained_model_name_or_path, *args, **kwargs)
+
+    def project(self, embeds: torch.Tensor, space: str) -> torch.Tensor:
+        """Project embeddings of one source: `(rows, input_dim)`, of any norm, to `(rows, projection_dim)` unit rows.
+
+        L2 before and after the projector, as the official inference does.
+        """
+        projector = self.projectors[space]
+        dtype = next((parameter.dtype for parameter in projector.parameters()), embeds.dtype)
+        return normalize(projector(normalize(embeds).to(dtype)))
+
+    def forward(
+        self, embeds: dict[str, torch.Tensor], return_loss: bool = True, return_dict: bool | None = None
+    ) -> CMCRConnectorOutput:
+        """Project aligned embeddings and score them with the training objective.
+
+        Args:
+            embeds: `{"{space}_{modality}": (batch, input_dim)}`. For CLIP-CLAP through text: `clip_text` and
+                `clap_text` of the same texts, and their pseudo embeddings `clip_image` and `clap_audio` (semantic
+                consistency, equation 1), row by row. In training mode noise is added to each (semantic completion).
+        """
+        projected = {}
+        for name, source_embeds in embeds.items():
+            space = name.split("_", 1)[0]
+            if space not in self.projectors:
+                raise ValueError(
+                    f"Expected embeddings named space_modality with a space of {list(self.projectors)}, got {name!r}."
+                )
+            projected[name] = self.project(self._complete(source_embeds), space)
+        output = CMCRConnectorOutput(embeds=projected)
+        if return_loss:
+            if self.config.objective != "c-mcr":
+                raise ValueError(f"Cannot train the objective {self.config.objective!r}: this version knows 'c-mcr'.")
+            terms = [self._bridge_terms(projected, bridge) for bridge in self.config.bridges or []]
+            overlap, leaf, intra = (torch.stack(term).mean() for term in zip(*terms, strict=True))
+            output.loss_overlap, output.loss_leaf, output.loss_intra = overlap, leaf, intra
+            output.loss = overlap + leaf + self.config.intra_weight * intra
+        return output
+
+    def _complete(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Add the noise of semantic completion in training mode (equation 2)."""
+        if not self.training or self.config.noise_norm == 0:
+            return embeds
+        std = self.config.noise_norm * embeds.shape[-1] ** -0.5
+        return normalize(embeds) + std * torch.randn_like(embeds)
+
+    def _bridge_terms(self, projected: dict[str, torch.Tensor], bridge: list[str]) -> tuple[torch.Tensor, ...]:
+        space_a, space_b, overlap = bridge
+        names = [f"{space_a}_{overlap}", f"{space_b}_{overlap}"]
+        names += [f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in (space_a, space_b)]
+        missing = [name for name in names if name not in projected]
+        if missing:
+            raise ValueError(
+                f"The bridge {bridge} needs the embeddings {names}; {missing} are not among {list(projected)}."
+            )
+        overlap_a, overlap_b, leaf_a, leaf_b = (projected[name].float() for name in names)
+        distances = torch.cat([overlap_a - leaf_a, overlap_b - leaf_b]).square().sum(dim=-1)
+        if not self.config.intra_squared:
+            # The root's slope is infinite at 0, which two identical vectors reach.
+            distances = distances.clamp_min(1e-12).sqrt()
+        return (
+            symmetric_info_nce(overlap_a, overlap_b, 1 / self.config.overlap_temperature),
+            symmetric_info_nce(leaf_a, leaf_b, 1 / self.config.leaf_temperature),
+            # The mean over both spaces' rows is 1/2 mean_i (d_a + d_b) of equation 5.
+            distances.mean(),
+        )
+
+
+class CMCRModel(CMCRPreTrainedModel):
+    """Frozen source encoders and a connector: every modality of every source in one shared space.
+
+    Example:
+        >>> model = CMCRModel.from_pretrained("my-org/cmcr-clip-clap")
+        >>> processor = CMCRProcessor.from_pretrained("my-org/cmcr-clip-clap")
+        >>> audio = model.get_audio_features(**processor(audio="dog.wav")).pooler_output
+        >>> image = model.get_image_features(**processor(images=["dog.jpg", "sea.jpg"])).pooler_output
+        >>> (audio @ image.T).argmax()
+    """
+
+    input_modalities = ["image", "text", "audio"]  # noqa: RUF012
+
+    def __init__(self, config: CMCRConfig, sources: dict[str, PreTrainedModel] | None = None):
+        super().__init__(config)
+        for space in config.spaces:
+            source_config = config.source_config(space)
+            if source_config is None:
+                raise ValueError(
+                    f"The configuration has no {space}_config, so there is no source to build. Use CMCRConnector for "
+                    "projectors alone, or CMCRModel.from_sources_pretrained."
+                )
+            source = (sources or {}).get(space)
+            source = _build_source(source_config) if source is None else source
+            setattr(self, space, source)
+            # One object, so that what is set on either (the attention, say) holds for both.
+            setattr(config, f"{space}_config", source.config)
+        self.connector = CMCRConnector(config)
+        self.post_init()
+        # A connector passes over the sources of a full checkpoint; the full model does not.
+        inherited = set(CMCRConnector._keys_to_ignore_on_load_unexpected)
+        self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) - inherited
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """Set the mode of the connector; frozen sources stay in eval mode and without gradients.
+
+        `from_pretrained` gives every parameter its gradient back, and BatchNorm moves its running statistics in
+        training mode even without gradients; both end here, since `from_pretrained` and `Trainer` call it.
+        """
+        super().train(mode)
+        if self.config.freeze_sources:
+            for source in self.sources.values():
+                source.requires_grad_(False).eval()
+        return self
+
+    @property
+    def sources(self) -> dict[str, PreTrainedModel]:
+        """The source models by space."""
+        return {space: getattr(self, space) for space in self.config.spaces}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a full checkpoint, or a connector-only one together with the sources that it records.
+
+        Raises:
+            ValueError: a projector's or a source's weights are missing, or a connector-only checkpoint records no
+            sources.
+        """
+        name = str(pretrained_model_name_or_path)
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+            config = CMCRConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        if config.architectures != ["CMCRConnector"]:
+            return cls._load_checked(pretrained_model_name_or_path, *args, **kwargs)
+        missing = [space for space in config.spaces if space not in (config.sources or {})]
+        if missing:
+            raise ValueError(
+                f"{name!r} is a connector that records no {' and no '.join(missing)} source. Name them: "
+                f"CMCRModel.from_sources_pretrained({', '.join(f'{space}=...' for space in config.spaces)}, "
+                f"connector={name!r})."
+            )
+        connector = CMCRConnector.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return cls.from_sources_pretrained(
+            **{space: config.sources[space]["id"] for space in config.spaces},
+            revisions={space: config.sources[space].get("revision") for space in config.spaces},
+            connector=connector,
+            **{
+                key: kwargs[key]
+                for key in (*HUB_ARGUMENTS, "dtype", "device_map", "attn_implementation")
+                if key in kwargs
+            },
+        )
+
+    @classmethod
+    def from_sources_pretrained(
+        cls,
+        clip: str | os.PathLike | PreTrainedModel | None = None,
+        clap: str | os.PathLike | PreTrainedModel | None = None,
+        connector: "str | os.PathLike | CMCRConnector | None" = None,
+        *,
+        config: dict | None = None,
+        revisions: dict[str, str | None] | None = None,
+        **kwargs,
+    ) -> "CMCRModel":
+        """Build a model from pretrained sources, with a trained connector or a fresh one (random, to be trained).
+
+        Args:
+            clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded).
+            clap: an audio-text model, likewise.
+            connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
+            config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
+            revisions: `{space: revision}` of sources on the Hub.
+            **kwargs: for the sources' `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
+
+        Raises:
+            ValueError: the sources are not those that the connector connects, or one is not as wide as it expects.
+            OSError: a source cannot be loaded.
+        """
+        given = {space: source for space, source in (("clip", clip), ("clap", clap)) if source is not None}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        trained: CMCRConnector | None = (
+            CMCRConnector.from_pretrained(connector, **hub) if isinstance(connector, (str, os.PathLike)) else connector
+        )
+        expected = list(given) if trained is None else trained.config.spaces
+        if not given or set(given) != set(expected):
+            raise ValueError(
+                f"Expected the sources {expected or ['clip', 'clap']}, got {list(given)}. Pass clip= (image-text) and "
+                "clap= (audio-text)."
+            )
+        if trained is not None:
+            config = {name: getattr(trained.config, name) for name in CMCRConfig.__annotations__}
+
+        models: dict[str, PreTrainedModel] = {}
+        records = {}
+        for space, source in given.items():
+            if isinstance(source, PreTrainedModel):
+                models[space] = source
+                continue
+            try:
+                models[space], records[space] = _load_source(source, (revisions or {}).get(space), kwargs)
+            except OSError as error:
+                raise OSError(
+                    f"Cannot load the {space} source {os.fspath(source)!r}. Pass its folder or Hub id as {space}= to "
+                    f"CMCRModel.from_sources_pretrained. ({error})"
+                ) from error
+        # Copies, since a composite configuration resets the attention of its parts.
+        configs = {f"{space}_config": copy.deepcopy(source.config) for space, source in models.items()}
+        model_config = CMCRConfig(**{**(config or {}), **configs, "sources": records or None})
+
+        for space, source in models.items():
+            input_dim, width = (model_config.projectors or {})[space]["input_dim"], source_embedding_dim(source.config)
+            if width is not None and input_dim != width:
+                raise ValueError(
+                    f"The connector expects {space} embeddings of width {input_dim}, the source gives {width}. Pass "
+                    f"the {space} source that the connector was trained on."
+                )
+        model = cls(model_config, sources=models)
+        if trained is not None:
+            model.connector.load_state_dict(trained.state_dict())
+        first = next(iter(models.values()))
+        model.connector.to(device=first.device, dtype=first.dtype)  # type: ignore[call-arg]
+        return model.eval()
+
+    def _embed(self, modality: str, space: str | None, inputs: dict) -> BaseModelOutputWithPooling:
+        space = self.config.space_of(modality, space)
+        source = self.sources[space]
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name in ("pixel_values", "input_features"):
+            if name in inputs:
+                inputs[name] = inputs[name].to(source.dtype)
+        outputs = getattr(source, f"get_{modality}_features")(**inputs)
+        outputs.pooler_output = self.connector.project(outputs.pooler_output, space)
+        return outputs
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        space: str | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Embed texts: `.pooler_output` is `(texts, projection_dim)`, unit rows of the shared space.
+
+        Args:
+            input_ids: from the tokenizer of the same space: `processor(text=..., space=space)`.
+            space: the source to go through; `config.default_spaces["text"]` where it is `None`.
+        """
+        return self._embed("text", space, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, space: str | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Embed images: `.pooler_output` is `(images, projection_dim)`, unit rows of the shared space.
+
+        Args:
+            pixel_values: `(images, channels, height, width)`, or what the source's own image processor gives.
+            **kwargs: further inputs of the source, such as SigLIP 2's `pixel_attention_mask` and `spatial_shapes`.
+        """
+        return self._embed("image", space, {"pixel_values": pixel_values, **kwargs})
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        is_longer: torch.Tensor | None = None,
+        space: str | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Embed audio clips: `.pooler_output` is `(clips, projection_dim)`, unit rows of the shared space.
+
+        Args:
+            input_features: `(clips, channels, frames, mel bins)` log-mel spectrograms, as [`CMCRProcessor`] makes
+            them.
+            is_longer: `(clips, 1)` bool, whether a clip exceeds the window of a fused CLAP, which needs it.
+        """
+        return self._embed("audio", space, {"input_features": input_features, "is_longer": is_longer, **kwargs})
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        is_longer: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        text_space: str | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+    ) -> tuple | CMCROutput:
+        """Embed any subset of modalities and compare those given.
+
+        Args:
+            text_space: the space whose tokenizer made `input_ids`; the default one where it is `None`.
+            return_loss: contrastive loss for fine-tuning on true pairs: row i of every given modality belongs
+            together.
+                With unequal row counts, or one modality alone, there is none: `None` in eval mode, an error in
+                training mode.
+        """
+        embeds = {}
+        if pixel_values is not None:
+            inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            embeds["image"] = self.get_image_features(pixel_values, **inputs).pooler_output
+        if input_ids is not None:
+            embeds["text"] = self.get_text_features(input_ids, attention_mask, space=text_space).pooler_output
+        if input_features is not None:
+            embeds["audio"] = self.get_audio_features(input_features, is_longer).pooler_output
+        if not embeds:
+            raise ValueError("Expected at least one of input_ids, pixel_values and input_features.")
+        image, text, audio = (embeds.get(modality) for modality in ("image", "text", "audio"))
+
+        scale = self.connector.logit_scale.exp()
+        output = CMCROutput(image_embeds=image, text_embeds=text, audio_embeds=audio)
+        if image is not None and text is not None:
+            output.logits_per_image = scale * image @ text.T
+            output.logits_per_text = output.logits_per_image.T
+        if audio is not None and text is not None:
+            output.logits_per_audio = scale * audio @ text.T
+            if image is None:
+                output.logits_per_text = output.logits_per_audio.T
+        if audio is not None and image is not None:
+            output.logits_per_audio_image = scale * audio @ image.T
+        if return_loss:
+            output.loss = self._paired_loss(list(embeds.values()), scale)
+        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+
+    def _paired_loss(self, embeds: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor | None:
+        rows = [len(rows) for rows in embeds]
+        if len(embeds) < 2 or len(set(rows)) > 1:
+            if self.training:
+                raise ValueError(f"Training needs row-aligned pairs of at least two modalities, got {rows} rows.")
+            return None
+        pairs = [(a, b) for i, a in enumerate(embeds) for b in embeds[i + 1 :]]
+        return torch.stack([symmetric_info_nce(a.float(), b.float(), scale.float()) for a, b in pairs]).mean()
+
+
+def _build_source(config: PreTrainedConfig) -> PreTrainedModel:
+    config._attn_implementation = _source_attention(config, config._attn_implementation)
+    return AutoModel.from_config(config)
+
+
+def _load_source(
+    source: str | os.PathLike, revision: str | None, kwargs: dict
+) -> tuple[PreTrainedModel, dict[str, str | None]]:
+    """Load a source and return it with the record by which it is found again."""
+    hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    revision = resolve_revision(source, revision, **hub)
+    attention = kwargs.get("attn_implementation")
+    if attention is not None:
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+        kwargs = {**kwargs, "attn_implementation": _source_attention(config, attention)}
+    model = AutoModel.from_pretrained(source, **({} if revision is None else {"revision": revision}), **kwargs)
+    return model, {"id": os.fspath(source), "revision": getattr(revision, "resolved", revision)}
+
+
+def _source_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """Return the attention for a source: one request for SDPA reaches every source that has it."""
+    model_class: Any = MODEL_MAPPING[type(config)]
+    if requested == "sdpa" and not model_class._supports_sdpa:
+        logger.warning_once(f"{model_class.__name__} has no SDPA attention and keeps its eager one.")
+        return "eager"
+    return requested
+
+
+__all__ = ["CMCRConnector", "CMCRConnectorOutput", "CMCRModel", "CMCROutput", "CMCRPreTrainedModel", "CMCRProjector"]

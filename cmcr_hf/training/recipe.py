@@ -1,0 +1,282 @@
+"""Recipes: YAML files that say which spaces to connect, on which data, and how."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..modeling.configuration_cmcr import CMCRConfig
+
+# What a data entry may say beside `limit`, `template`, `licence` and `note`, which go with each of the three.
+DATA_OPTIONS = {
+    "folder": {"pattern", "label"},
+    "table": {"column", "files", "label", "where"},
+    "dataset": {"column", "config", "split", "revision", "label", "where"},
+}
+# The counts that `cmcr demo` may be told.
+WORLD_COUNTS = ("images", "sounds", "texts", "test_images", "test_sounds")
+# A recipe names its sources under `sources`, and their configurations come with them.
+CONNECTOR_FIELDS = [
+    name for name in CMCRConfig.__annotations__ if name not in ("clip_config", "clap_config", "sources")
+]
+
+
+@dataclass
+class DataSpec:
+    """One body of items of one modality: exactly one of `folder`, `table` and `dataset`.
+
+    Args:
+        folder: folder of image or audio files, read in sorted order; relative to the data root.
+        pattern: glob below the folder; all files of the modality's usual formats where it is missing.
+        table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
+            are the texts); UTF-8.
+        column: column or columns of the table or data set that hold the texts or the file names; a table's first where
+            it is missing. Empty cells are passed over.
+        files: folder that the file names of a table are relative to; the table's own where it is missing.
+        dataset: Hub data set id or local folder for `datasets.load_dataset`, streamed.
+        config, split, revision: of the data set; `train` is the default split.
+        label: where an item's class comes from, for evaluation: `parent` (folder name) or `stem` (file name) of a
+            folder's files, else a column.
+        where: `{column: [values]}`: keep only rows whose column has one of these values.
+        limit: take this many items at most, from the start.
+        template: text with `{}` that each text is put into, e.g. `"a photo of a {}"`.
+        licence, note: for the reader and the model card.
+    """
+
+    folder: str | None = None
+    pattern: str | None = None
+    table: str | None = None
+    column: str | list[str] | None = None
+    files: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    label: str | None = None
+    where: dict[str, list[str]] | None = None
+    limit: int | None = None
+    template: str | None = None
+    licence: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("folder", "table", "dataset") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of folder, table and dataset, got {', '.join(given) or 'none'}.")
+        kind = given[0]
+        for name in sorted(set.union(*DATA_OPTIONS.values()) - DATA_OPTIONS[kind]):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                known = ", ".join(sorted(DATA_OPTIONS[kind]))
+                raise ValueError(f"{name} does not go with {kind}, which takes {known}. Remove it.")
+        if self.column == []:
+            raise ValueError("expected the name of a column, or several, got an empty list.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"expected limit to be at least 1, got {self.limit}.")
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(f"expected a template with one {{}} for the text, got {self.template!r}.")
+
+
+@dataclass
+class SourceSpec:
+    """A source model: Hub id or folder (relative to the recipe's file), with its licence for the model card."""
+
+    id: str
+    revision: str | None = None
+    licence: str | None = None
+
+
+@dataclass
+class TrainSpec:
+    """How the projectors are trained: the paper's schedule by default (AdamW, cosine decay to zero)."""
+
+    epochs: int = 36
+    batch_size: int = 4096
+    learning_rate: float = 1e-3
+    # The paper does not name a weight decay; BatchNorm makes the loss blind to the scale of most weights.
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    seed: int = 0
+    # Rows held out of training for the evaluation loss, from a fixed permutation.
+    validation_rows: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}.")
+        for name in ("weight_decay", "warmup_steps", "seed", "validation_rows"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} to be 0 or more, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}.")
+
+
+@dataclass
+class EvaluateSpec:
+    """Held-back items for class-level retrieval, and the class names for the closed cascade."""
+
+    image: DataSpec
+    audio: DataSpec
+    names: DataSpec | None = None
+
+    def __post_init__(self) -> None:
+        for modality in ("image", "audio"):
+            if getattr(self, modality).label is None:
+                raise ValueError(f"{modality} lacks a label, the class of an item: parent, stem or a column.")
+
+
+@dataclass
+class Recipe:
+    """A whole connection.
+
+    Args:
+        connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
+        aggregate_temperature: tau_1 of equation 1.
+        world: counts of the synthetic world that `cmcr demo` writes for this recipe.
+    """
+
+    name: str
+    sources: dict[str, SourceSpec]
+    text: list[DataSpec]
+    image: list[DataSpec]
+    audio: list[DataSpec]
+    description: str = ""
+    connector: dict[str, Any] = field(default_factory=dict)
+    aggregate_temperature: float = 0.01
+    train: TrainSpec = field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec | None = None
+    world: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.sources) != {"clip", "clap"}:
+            raise ValueError(f"expected the sources clip and clap, got {', '.join(sorted(self.sources)) or 'none'}.")
+        if not 0 < self.aggregate_temperature < math.inf:
+            raise ValueError(f"expected a positive aggregate_temperature, got {self.aggregate_temperature}.")
+        for modality in ("text", "image", "audio"):
+            if not getattr(self, modality):
+                raise ValueError(f"expected at least one data entry under {modality}.")
+        # CMCRConfig itself keeps unknown fields in silence, as every configuration of transformers does.
+        _check_keys(self.connector, CONNECTOR_FIELDS, "connector")
+        hints = CMCRConfig.__annotations__
+        self.connector = {
+            name: _build(hints[name], value, f"connector.{name}") for name, value in self.connector.items()
+        }
+        _check_keys(self.world or {}, WORLD_COUNTS, "world")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = files("cmcr_hf") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe: the name of one of the package's, or a path to a YAML file.
+
+    Source ids that name a folder beside the recipe's file become absolute paths.
+
+    Raises:
+        ValueError: there is no such recipe, or it is not valid; the message names the file and the key.
+    """
+    path = Path(name_or_path)
+    if not path.suffix and not path.is_file():
+        path = Path(str(files("cmcr_hf") / "recipes" / f"{name_or_path}.yaml"))
+        if not path.is_file():
+            raise ValueError(
+                f"There is no recipe {os.fspath(name_or_path)!r}. Use one of the package ({', '.join(recipe_names())}) "
+                "or a path to a YAML file."
+            )
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ValueError(f"Cannot read the recipe {path}: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {path} is not valid YAML: {error}") from error
+    try:
+        recipe: Recipe = _build(Recipe, document, "")
+    except ValueError as error:
+        raise ValueError(f"In the recipe {path}: {error}") from error
+    for source in recipe.sources.values():
+        folder = path.parent / source.id
+        if folder.is_dir():
+            source.id = str(folder.resolve())
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that refuses a key given twice: YAML's own keeps the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_keys(given: dict[str, Any], known: Collection[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}."
+            raise ValueError(f"unknown key {key!r}{f' in {where}' if where else ''}. {hint}")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Turn parsed YAML into the annotated type, with errors that name the place; the whole recipe's place is empty."""
+    place = where or "the recipe"
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        # Two mixed unions there are: str | list[str], and float | int, of which the first takes both.
+        lists = [argument for argument in kinds if typing.get_origin(argument) is list]
+        return _build(lists[0] if lists and isinstance(value, list) else kinds[0], value, where)
+    if is_dataclass(kind):
+        if isinstance(value, str) and kind is SourceSpec:
+            value = {"id": value}
+        if not isinstance(value, dict):
+            raise ValueError(f"expected {place} to be a mapping, got {value!r}.")
+        known = {entry.name: entry for entry in fields(kind)}
+        hints = typing.get_type_hints(kind)
+        _check_keys(value, known, where)
+        for name, entry in known.items():
+            if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
+                raise ValueError(f"{place} lacks the key {name!r}.")
+        built = {key: _build(hints[key], item, f"{where}.{key}" if where else key) for key, item in value.items()}
+        try:
+            return kind(**built)  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            raise ValueError(f"expected {place} to be a {'list' if origin is list else 'mapping'}, got {value!r}.")
+        if isinstance(value, list):
+            return [_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return {str(key): _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string.
+        with suppress(ValueError):
+            return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"expected {place} to be of type {kind.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,427 @@
+"""Embeddings of one space and modality on disk: written shard by shard, resumable, memory-mapped to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SOURCE_FIELDS = ("id", "revision", "config_hash")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# About four times the rounding of one element in the half types: a vector may be normalised in them and then rounded.
+NORM_TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+TEMPORARY = re.compile(r"(manifest\.json|shard-\d+\.(safetensors|keys\.parquet))\.tmp")
+
+
+@dataclass(frozen=True)
+class Description:
+    """State what a store holds and how it is cut; two runs may share a folder only if all of it is equal."""
+
+    space: str
+    modality: str
+    source: dict[str, str]
+    dim: int
+    dtype: str
+    shard_rows: int
+    data_fingerprint: str
+
+    def __post_init__(self) -> None:
+        for name in ("space", "modality", "data_fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} is {value!r}, expected a non-empty string.")
+        for name in ("dim", "shard_rows"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer above 0.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if (
+            not isinstance(self.source, dict)
+            or sorted(self.source) != sorted(SOURCE_FIELDS)
+            or not all(isinstance(value, str) for value in self.source.values())
+        ):
+            raise ValueError(f"source is {self.source!r}, expected the strings {', '.join(SOURCE_FIELDS)}.")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Name the two files of one shard, with their row count and their sha256 in hexadecimal."""
+
+    file: str
+    keys_file: str
+    rows: int
+    sha256: str
+    keys_sha256: str
+
+
+class EmbeddingStore:
+    """Keep unit-norm embeddings of shape (rows, dim) and their row keys in a folder, in the order of `append`.
+
+    The folder holds `manifest.json`, `shard-00000.safetensors` (tensor `embeds`), `shard-00000.keys.parquet` (string
+    column `key`), and so on. A shard is durable before the manifest names it, so a run killed at any instant goes on
+    at row `rows` and ends with the bytes of an uninterrupted run (parquet files name the pyarrow version that wrote
+    them: resume with the same one). One process at a time may write.
+
+    Example:
+        source = {"id": "openai/clip-vit-base-patch32", "revision": commit, "config_hash": config_sha256}
+        store = EmbeddingStore.create(
+            folder, space="clip", modality="text", source=source, dim=512, data_fingerprint=texts_sha256
+        )
+        for start in range(store.rows, len(texts), 256):
+            store.append(embed(texts[start : start + 256]), names[start : start + 256])
+        store.finish()
+        embeds = EmbeddingStore.open(folder).tensor()
+    """
+
+    def __init__(self, folder: Path, description: Description, shards: Sequence[Shard], complete: bool) -> None:
+        """Wrap what a manifest says; use `create` or `open`."""
+        self.folder = folder
+        self.space = description.space
+        self.modality = description.modality
+        self.source = description.source
+        self.dim = description.dim
+        self.dtype = description.dtype
+        self.shard_rows = description.shard_rows
+        self.data_fingerprint = description.data_fingerprint
+        self.complete = complete
+        self._description = description
+        self._shards = list(shards)
+        self._pending: list[torch.Tensor] = []
+        self._pending_keys: list[str] = []
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        space: str,
+        modality: str,
+        source: dict[str, str],
+        dim: int,
+        data_fingerprint: str,
+        dtype: str = "float32",
+        shard_rows: int = 65536,
+    ) -> EmbeddingStore:
+        """Create a store to append to, or re-open the one of the same description, complete or not, at row `rows`.
+
+        Raises ValueError, and touches nothing, if the folder holds a store of another description or other files.
+
+        Args:
+            source: `id`, `revision` and `config_hash` of the encoder, as strings.
+            data_fingerprint: identifies the rows, their order and their preprocessing.
+            shard_rows: rows of every shard but the last; up to this many rows wait in memory and are lost by a kill.
+        """
+        folder = Path(folder)
+        _import_parquet()  # A missing package is reported before the first embedding is computed, not a shard later.
+        description = Description(space, modality, dict(source), dim, dtype, shard_rows, data_fingerprint)
+        if (folder / MANIFEST).exists():
+            found, shards, complete = _read_manifest(folder)
+            differences = [
+                f"{field.name} is {getattr(found, field.name)!r} there and {getattr(description, field.name)!r} here"
+                for field in fields(Description)
+                if getattr(found, field.name) != getattr(description, field.name)
+            ]
+            if differences:
+                listed = "; ".join(differences)
+                raise ValueError(f"{folder} holds other embeddings: {listed}. Use another folder or delete this one.")
+            store = cls(folder, description, shards, complete)
+            store._check_files()
+            _remove_temporary_files(folder)
+            return store
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, expected a folder: use another path.")
+        if folder.exists() and any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and has no {MANIFEST}: use another folder or empty this one.")
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporary_files(folder)
+        store = cls(folder, description, [], complete=False)
+        store._commit([], complete=False)
+        return store
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> EmbeddingStore:
+        """Open a complete store to read.
+
+        Checks that every file is there and that dtype and shape agree with the manifest; `verify` checks the contents.
+        Raises ValueError if the folder is missing, holds no store, or holds a damaged or incomplete one.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} has no {MANIFEST}, expected a folder of embeddings: run embed first.")
+        store = cls(folder, *_read_manifest(folder))
+        if not store.complete:
+            raise ValueError(f"{folder} is incomplete, it holds {store.rows} rows so far: run embed again to go on.")
+        store._check_files()
+        return store
+
+    @property
+    def rows(self) -> int:
+        """Count the rows that are durably written: the row at which a resumed run goes on."""
+        return sum(shard.rows for shard in self._shards)
+
+    @property
+    def digest(self) -> str:
+        """Identify the written content by the sha256, in hexadecimal, of the manifest's list of shards."""
+        shards = json.dumps([asdict(shard) for shard in self._shards], sort_keys=True)
+        return hashlib.sha256(shards.encode()).hexdigest()
+
+    def append(self, embeds: torch.Tensor, keys: Sequence[str]) -> None:
+        """Add rows, writing a shard whenever `shard_rows` of them wait.
+
+        Nothing is added if the arguments are wrong. If writing a shard fails, its rows wait for the next `append`.
+
+        Args:
+            embeds: (n, dim), finite, of norm 1 within 1e-4 (float32), 2e-3 (float16) or 2e-2 (bfloat16) once rounded
+                to the dtype of the store.
+            keys: n strings such as file names, not necessarily unique.
+        """
+        if self.complete:
+            raise ValueError(f"{self.folder} is complete with {self.rows} rows: use another folder to add more.")
+        if embeds.ndim != 2 or embeds.shape[1] != self.dim:
+            raise ValueError(f"embeds have shape {tuple(embeds.shape)}, expected (n, {self.dim}) for {self.folder}.")
+        if len(keys) != len(embeds):
+            raise ValueError(f"Got {len(keys)} keys for {len(embeds)} embeddings: pass one key a row.")
+        for key in keys:
+            _check_key(key)
+        rows = embeds.detach().to("cpu", DTYPES[self.dtype], copy=True)
+        deviations = (torch.linalg.vector_norm(rows.float(), dim=1) - 1).abs()
+        # A comparison with NaN is false: this refuses NaN and infinity too.
+        wrong = (~(deviations <= NORM_TOLERANCES[self.dtype])).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            norm = torch.linalg.vector_norm(embeds[row].detach().double()).item()
+            raise ValueError(
+                f"{len(wrong)} of {len(embeds)} embeddings are not finite unit vectors in {self.dtype}, the first is "
+                f"row {row} of norm {norm:.6g} (key {keys[row]!r}): L2-normalise in float32 before appending."
+            )
+        self._pending.append(rows)
+        self._pending_keys.extend(keys)
+        self._write_full_shards()
+
+    def finish(self) -> None:
+        """Write the waiting rows as the last, shorter shard and mark the store complete, unless it is already."""
+        if self.complete:
+            return
+        self._write_full_shards()
+        if self._pending_keys:
+            shard = self._write_shard(torch.cat(self._pending), self._pending_keys)
+            self._commit([*self._shards, shard], complete=True)
+            self._pending, self._pending_keys = [], []
+        elif self._shards:
+            self._commit(self._shards, complete=True)
+        else:
+            raise ValueError(f"{self.folder} holds no rows, expected at least one: append some before finishing.")
+
+    def tensor(self, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Return all written rows, (rows, dim), in the stored dtype.
+
+        On the CPU one shard is memory-mapped without a copy, copy-on-write; several shards are copied together.
+        """
+        if len(self._shards) == 1:
+            return self._load_shard(self._shards[0]).to(device)
+        embeds = torch.empty(self.rows, self.dim, dtype=DTYPES[self.dtype], device=device)
+        start = 0
+        for shard in self.shards():
+            embeds[start : start + len(shard)] = shard
+            start += len(shard)
+        return embeds
+
+    def shards(self) -> Iterator[torch.Tensor]:
+        """Yield the written rows shard by shard, (n, dim), memory-mapped (copy-on-write), in the stored dtype."""
+        for shard in self._shards:
+            yield self._load_shard(shard)
+
+    def keys(self) -> list[str]:
+        """Return the key of every written row."""
+        return [key for shard in self._shards for key in self._load_keys(shard)]
+
+    def verify(self) -> None:
+        """Read every file and raise ValueError naming the first whose sha256, row count, shape or dtype is wrong."""
+        for shard in self._shards:
+            for name, sha256 in ((shard.file, shard.sha256), (shard.keys_file, shard.keys_sha256)):
+                try:
+                    with open(self.folder / name, "rb") as file:
+                        found = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise self._damaged(name, f"cannot be read ({error})") from error
+                if found != sha256:
+                    raise self._damaged(name, "does not have the sha256 of the manifest")
+            self._load_shard(shard)
+            self._load_keys(shard)
+
+    def _write_full_shards(self) -> None:
+        if len(self._pending_keys) < self.shard_rows:
+            return
+        rows = torch.cat(self._pending)
+        while len(self._pending_keys) >= self.shard_rows:
+            shard = self._write_shard(rows[: self.shard_rows], self._pending_keys[: self.shard_rows])
+            self._commit([*self._shards, shard], complete=False)
+            rows = rows[self.shard_rows :]
+            self._pending = [rows]
+            self._pending_keys = self._pending_keys[self.shard_rows :]
+        # A view would keep the rows that are written in memory.
+        self._pending = [rows.clone()]
+
+    def _write_shard(self, rows: torch.Tensor, keys: list[str]) -> Shard:
+        file, keys_file = _shard_names(len(self._shards))
+        return Shard(
+            file=file,
+            keys_file=keys_file,
+            rows=len(keys),
+            sha256=_write_durably(self.folder / file, safetensors.torch.save({"embeds": rows})),
+            keys_sha256=_write_durably(self.folder / keys_file, _keys_to_parquet(keys)),
+        )
+
+    def _commit(self, shards: list[Shard], complete: bool) -> None:
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **asdict(self._description),
+            "complete": complete,
+            "rows": sum(shard.rows for shard in shards),
+            "shards": [asdict(shard) for shard in shards],
+        }
+        _write_durably(self.folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+        self._shards = list(shards)
+        self.complete = complete
+
+    def _check_files(self) -> None:
+        for shard in self._shards:
+            self._load_shard(shard)
+            if not (self.folder / shard.keys_file).is_file():
+                raise self._damaged(shard.keys_file, "is missing")
+
+    def _load_shard(self, shard: Shard) -> torch.Tensor:
+        expected = (SAFETENSORS_NAMES[self.dtype], [shard.rows, self.dim])
+        try:
+            with safe_open(self.folder / shard.file, framework="pt") as file:
+                header = file.get_slice("embeds")
+                found = (header.get_dtype(), header.get_shape())
+                if found != expected:
+                    raise self._damaged(shard.file, "holds {} {}, expected {} {}".format(*found, *expected))
+                embeds: torch.Tensor = file.get_tensor("embeds")
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(shard.file, f"cannot be read ({error})") from error
+        return embeds
+
+    def _load_keys(self, shard: Shard) -> list[str]:
+        pa, pq = _import_parquet()
+        try:
+            table = pq.ParquetFile(self.folder / shard.keys_file).read()
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(shard.keys_file, f"cannot be read ({error})") from error
+        if table.schema.names != ["key"] or table.schema.types != [pa.string()] or table.num_rows != shard.rows:
+            raise self._damaged(shard.keys_file, f"does not hold {shard.rows} strings in one column named key")
+        keys: list[str] = table["key"].to_pylist()
+        return keys
+
+    def _damaged(self, name: str, reason: str) -> ValueError:
+        return ValueError(f"{self.folder / name} {reason}: delete {self.folder} and run embed again.")
+
+
+def _read_manifest(folder: Path) -> tuple[Description, list[Shard], bool]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format_version"] == FORMAT_VERSION:
+            return _parse_manifest(manifest)
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged (no {error}): delete {folder} and run embed again.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {folder} and run embed again.") from error
+    raise ValueError(
+        f"{path} has format_version {manifest['format_version']!r}, expected {FORMAT_VERSION}: "
+        f"read it with the version of cmcr-hf that wrote it, or delete {folder} and run embed again."
+    )
+
+
+def _parse_manifest(manifest: dict[str, Any]) -> tuple[Description, list[Shard], bool]:
+    description = Description(**{field.name: manifest[field.name] for field in fields(Description)})
+    shards = [Shard(**{field.name: shard[field.name] for field in fields(Shard)}) for shard in manifest["shards"]]
+    complete = manifest["complete"]
+    if not isinstance(complete, bool):
+        raise ValueError(f"complete is {complete!r}, expected true or false")
+    for index, shard in enumerate(shards):
+        # Names are compared, never trusted: a manifest cannot point outside its folder.
+        if (shard.file, shard.keys_file) != _shard_names(index):
+            raise ValueError(f"shard {index} names {shard.file!r} and {shard.keys_file!r}")
+        may_be_shorter = complete and index == len(shards) - 1
+        if (
+            not _is_count(shard.rows)
+            or shard.rows > description.shard_rows
+            or (shard.rows < description.shard_rows and not may_be_shorter)
+        ):
+            raise ValueError(f"shard {index} has {shard.rows!r} rows")
+    if manifest["rows"] != sum(shard.rows for shard in shards) or (complete and not shards):
+        raise ValueError(f"rows is {manifest['rows']!r}, which the shards contradict")
+    return description, shards, complete
+
+
+def _shard_names(index: int) -> tuple[str, str]:
+    return f"shard-{index:05d}.safetensors", f"shard-{index:05d}.keys.parquet"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, str):
+        raise ValueError(f"Key {key!r} is a {type(key).__name__}, expected a string.")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Key {key!r} is not valid Unicode ({error.reason}): rename the file or the row.") from error
+
+
+def _keys_to_parquet(keys: list[str]) -> bytes:
+    pa, pq = _import_parquet()
+    table = pa.table({"key": pa.array(keys, pa.string())})
+    sink = pa.BufferOutputStream()
+    # Plain pages: the bytes depend on the keys, not on a compressor's version.
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _import_parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('Row keys are stored with pyarrow: pip install "cmcr-hf[train]".') from error
+    return pyarrow, pyarrow.parquet
+
+
+def _write_durably(path: Path, data: bytes) -> str:
+    """Replace a file so that a kill leaves the old bytes or the new ones, and return the sha256 of the new ones."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # Other systems cannot open a folder to sync it.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _remove_temporary_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink()

@@ -1,0 +1,248 @@
+"""Train a C-MCR connector on stored embeddings with `transformers.Trainer`.
+
+Example, after `cmcr connect` or `aggregate` wrote the four row-aligned stores:
+
+    python -m cmcr_hf.training.train \\
+        --stores runs/demo/stores/clip-text runs/demo/stores/clap-text \\
+        runs/demo/pseudo/clip-image runs/demo/pseudo/clap-audio \\
+        --output_dir runs/mine --num_train_epochs 36 --per_device_train_batch_size 512
+
+Every option of `transformers.TrainingArguments` is there, with the paper's values as defaults: AdamW, learning rate
+1e-3 with cosine decay, batch 4096, 36 epochs. `--resume_from_checkpoint DIR` ends with the weights of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..evaluation.retrieval import pair_retrieval
+from ..modeling.configuration_cmcr import CMCRConfig
+from ..modeling.modeling_cmcr import CMCRConnector
+from .store import EmbeddingStore
+
+# R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
+MAX_METRIC_ROWS = 5000
+
+
+@dataclass
+class ConnectorTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the schedule of C-MCR (arXiv 2305.14381, details from Ex-MCR, arXiv 2310.08884)."""
+
+    per_device_train_batch_size: int = 4096
+    per_device_eval_batch_size: int = 4096
+    num_train_epochs: float = 36.0
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    # The paper names no gradient clipping, which TrainingArguments would do at 1.
+    max_grad_norm: float = 0.0
+    # BatchNorm and InfoNCE both want full batches.
+    dataloader_drop_last: bool = True
+    # The data set makes whole batches itself; its dictionary is not the signature of `forward`.
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False
+    logging_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+
+
+@dataclass
+class ConnectorArguments:
+    """What to train on and how the connector looks."""
+
+    stores: list[str] = field(
+        metadata={"help": "Embedding stores of row-aligned items: native overlap pairs and pseudo leaf pairs."}
+    )
+    validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
+    connector_config: str | None = field(
+        default=None, metadata={"help": "Folder or file of a CMCRConfig; else the options below."}
+    )
+    projection_dim: int = field(default=512, metadata={"help": "Width of the shared space."})
+    layout: str = field(default="linear-bn-relu-linear-bn", metadata={"help": "Layout of both projectors."})
+    noise_norm: float = field(
+        default=CMCRConfig.noise_norm, metadata={"help": "Norm of the semantic completion noise; 0: none."}
+    )
+    overlap_temperature: float = field(
+        default=0.01, metadata={"help": "InfoNCE temperature of the native pairs (tau 2)."}
+    )
+    leaf_temperature: float = field(
+        default=0.01, metadata={"help": "InfoNCE temperature of the pseudo pairs (tau 3)."}
+    )
+    intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
+
+
+class ConnectionDataset(Dataset[dict[str, Any]]):
+    """Row-aligned embeddings `{"{space}_{modality}": (rows, dim)}` that are indexed a whole batch at a time."""
+
+    def __init__(self, embeds: dict[str, torch.Tensor]) -> None:
+        rows = {name: len(tensor) for name, tensor in embeds.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(
+                f"Expected stores of the same items, row by row, got {rows} rows. Embed the same items in each."
+            )
+        self.embeds = embeds
+
+    def __len__(self) -> int:
+        return len(next(iter(self.embeds.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        # One gather a batch in place of thousands of single rows and their collation.
+        rows = torch.as_tensor(indices)
+        return {"embeds": {name: tensor[rows].float() for name, tensor in self.embeds.items()}}
+
+
+def keep_batch(batch: Any) -> dict[str, Any]:
+    """Collate what `ConnectionDataset` has batched already."""
+    return dict(batch)
+
+
+class LossTermsCallback(TrainerCallback):
+    """Log the terms of the objective beside its loss, as means over the training steps since the last log."""
+
+    def __init__(self, connector: CMCRConnector) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+        connector.register_forward_hook(self._record)
+
+    def _record(self, connector: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if connector.training:
+            for name in ("loss_overlap", "loss_leaf", "loss_intra"):
+                self._sums[name] = self._sums.get(name, 0) + output[name].detach()
+            self._steps += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._steps and logs is not None and "loss" in logs:
+            terms = {name: (total / self._steps).item() for name, total in self._sums.items()}
+            logs.update(terms)
+            state.log_history[-1].update(terms)
+            self._sums, self._steps = {}, 0
+
+
+class TrainingBar(ProgressCallback):
+    """The progress bar of Trainer without its lines of logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return R@1 and R@5 between the two spaces' projections of held-out rows, for the native and the pseudo pairs."""
+    embeds: Any = prediction.predictions
+    embeds = embeds[0] if isinstance(embeds, tuple) else embeds
+    rows = {name: torch.as_tensor(array[:MAX_METRIC_ROWS]) for name, array in embeds.items()}
+    (a, b), (c, d) = list(rows)[:2], list(rows)[2:4]
+    metrics = {}
+    for first, second in ((a, b), (c, d)):
+        ks = tuple(k for k in (1, 5) if k <= len(rows[first]))
+        scores = pair_retrieval(rows[first] @ rows[second].T, ks=ks)
+        metrics.update({f"{first}_to_{second}_{name}": scores[name] for name in scores if name.startswith("R@")})
+    return metrics
+
+
+def train_connector(
+    config: CMCRConfig,
+    embeds: dict[str, torch.Tensor],
+    args: TrainingArguments,
+    *,
+    validation_rows: int = 0,
+    log_lines: bool = True,
+) -> tuple[CMCRConnector, list[dict[str, Any]]]:
+    """Train a fresh connector on row-aligned embeddings; return it, in eval mode on the CPU, with Trainer's log.
+
+    Args:
+        embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair.
+        args: `seed` decides the initial weights, the order and the noise; `resume_from_checkpoint` goes on with a run.
+        validation_rows: rows of a fixed permutation that are held out and evaluated at the end.
+        log_lines: print a line a log; without, there is the progress bar alone (none under `disable_tqdm`).
+
+    Raises:
+        ValueError: fewer rows than one batch, or stores that are not aligned.
+    """
+    rows = len(next(iter(embeds.values())))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) if validation_rows else torch.arange(rows)
+    training = ConnectionDataset(
+        embeds if not validation_rows else {name: tensor[order[validation_rows:]] for name, tensor in embeds.items()}
+    )
+    held_out = (
+        ConnectionDataset({name: tensor[order[:validation_rows]] for name, tensor in embeds.items()})
+        if validation_rows
+        else None
+    )
+    if len(training) < args.train_batch_size:
+        raise ValueError(
+            f"Expected at least one batch of {args.train_batch_size} training rows, got {len(training)}. Use more "
+            "texts or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
+        )
+    if held_out is not None:
+        # Equal batches, since the last of unequal ones would be dropped.
+        batches = math.ceil(len(held_out) / args.per_device_eval_batch_size)
+        args.per_device_eval_batch_size = len(held_out) // batches
+    set_seed(args.seed)
+    connector = CMCRConnector(config)
+    trainer = Trainer(
+        model=connector,
+        args=args,
+        data_collator=keep_batch,
+        train_dataset=training,
+        eval_dataset=held_out,
+        compute_metrics=retrieval_metrics,
+        callbacks=[LossTermsCallback(connector)],
+    )
+    if not log_lines:
+        trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        if not args.disable_tqdm:
+            trainer.add_callback(TrainingBar)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if held_out is not None:
+        trainer.evaluate()
+    return connector.cpu().eval(), trainer.state.log_history
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script: parse, open the stores, train, save."""
+    parser = HfArgumentParser(
+        [ConnectorArguments, ConnectorTrainingArguments],  # type: ignore[list-item]
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments, args = parser.parse_args_into_dataclasses(argv)
+    stores = [EmbeddingStore.open(folder) for folder in arguments.stores]
+    embeds = {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+    if arguments.connector_config is not None:
+        config = CMCRConfig.from_pretrained(arguments.connector_config)
+    else:
+        options = ("projection_dim", "noise_norm", "overlap_temperature", "leaf_temperature", "intra_weight")
+        config = CMCRConfig(
+            projectors={store.space: {"layout": arguments.layout, "input_dim": store.dim} for store in stores},
+            **{name: getattr(arguments, name) for name in options},
+        )
+    connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
+    connector.save_pretrained(args.output_dir)
+    metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
+    if metrics:
+        print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()

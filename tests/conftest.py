@@ -1,0 +1,142 @@
+import os
+
+# Before any import that reads them: offline, one missing file is an error at once and not minutes of retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+)
+
+# The models under test are so small that a second thread costs more in handing over than it computes.
+torch.set_num_threads(1)
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder with the official files and the real data, or skip the test where there is none.
+
+    The folder lies beside the checkout; the environment variable CMCR_SHARED names another one.
+    """
+    named = os.environ.get("CMCR_SHARED")
+    folder = Path(named) if named else ROOT.parent / "shared"
+    if folder.is_dir():
+        return folder
+    if named:
+        pytest.fail(f"Expected CMCR_SHARED to name a folder, got {named!r}. Correct it or unset it.")
+    pytest.skip("No folder `shared` beside the checkout: set CMCR_SHARED to the one that holds official/ and data/.")
+
+
+# Tiny random sources: they test behaviour, no quality is claimed of them.
+CLIP_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "vocab_size": 40,
+    "max_position_embeddings": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLIP_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "image_size": 32,
+    "patch_size": 16,
+}
+CLAP_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "vocab_size": 40,
+    "max_position_embeddings": 40,
+    "layer_norm_eps": 1e-5,
+}
+CLAP_AUDIO = {
+    "spec_size": 64,
+    "window_size": 4,
+    "num_mel_bins": 16,
+    "patch_embeds_hidden_size": 8,
+    "hidden_size": 16,
+    "depths": [1, 1],
+    "num_attention_heads": [1, 2],
+}
+
+
+def tiny_tokenizer(length: int) -> PreTrainedTokenizerFast:
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        *["a", "the", "dog", "cat", "bell", "sea", "train", "barks", "rings", "small", "red", "loud", "sound", "of"],
+    ]
+    model = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=length, **specials)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of width 24 with image processor and tokenizer."""
+    folder = tmp_path_factory.mktemp("sources") / "clip"
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=24)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tiny_tokenizer(20).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_clap(folder: Path, *, fused: bool) -> Path:
+    torch.manual_seed(1)
+    audio = {**CLAP_AUDIO, "enable_fusion": fused}
+    ClapModel(ClapConfig(text_config=CLAP_TEXT, audio_config=audio, projection_dim=16)).save_pretrained(folder)
+    ClapFeatureExtractor(
+        feature_size=16,
+        sampling_rate=8000,
+        max_length_s=1,
+        fft_window_size=256,
+        hop_length=64,
+        frequency_max=4000,
+        truncation="fusion" if fused else "rand_trunc",
+    ).save_pretrained(folder)
+    tiny_tokenizer(30).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random unfused CLAP of width 16 with feature extractor (8 kHz, windows of 1 s) and tokenizer."""
+    return save_tiny_clap(tmp_path_factory.mktemp("sources") / "clap", fused=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_fused_clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, fused."""
+    return save_tiny_clap(tmp_path_factory.mktemp("sources") / "clap-fused", fused=True)

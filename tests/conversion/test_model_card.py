@@ -1,0 +1,123 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+TEMPLATE = Path(__file__).parents[2] / "cmcr_hf" / "conversion" / "MODEL_CARD.md"
+
+CLIP = {"space": "clip", "id": "toy/clip", "revision": "0a1b2c", "licence": "MIT"}
+CLAP = {"space": "clap", "id": "toy/clap", "revision": None, "licence": None}
+ULIP = {"space": "ulip", "id": "toy/ulip", "revision": "3d4e5f", "licence": "BSD-3-Clause"}
+
+OPTIONAL: dict[str, Any] = {
+    "training_data": [{"name": "toy captions", "role": "overlap texts", "rows": 1200, "licence": "CC0"}],
+    "training": {
+        "objective": "c-mcr",
+        "temperatures": {"tau1": 0.01, "tau2": 0.05},
+        "noise_variance": 0.004,
+        "epochs": 36,
+        "seed": None,
+    },
+    "results": [{"data": "toy pairs", "mAP": 0.25, "P@10": None}, {"data": "toy clips", "mAP": 0.5, "P@10": 0.75}],
+    "evaluation_command": "cmcr evaluate toy",
+    "synthetic_note": "every picture and sound is drawn by a program.",
+}
+
+
+def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
+    data = ModelCardData(license="apache-2.0", library_name="cmcr_hf", tags=["toy"])
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), repo_id="toy/cmcr", sources=sources, **variables)
+
+
+def section(card: ModelCard, title: str) -> str:
+    return card.text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0].strip()
+
+
+def test_metadata_comes_back_from_the_rendered_card() -> None:
+    data = render([CLIP, CLAP], **OPTIONAL).data
+    assert (data.license, data.library_name, data.tags) == ("apache-2.0", "cmcr_hf", ["toy"])
+
+
+def test_every_source_is_a_row_with_its_revision_and_licence() -> None:
+    assert section(render([CLIP, CLAP]), "Source encoders").splitlines()[2:] == [
+        "| clip | toy/clip | 0a1b2c | MIT |",
+        "| clap | toy/clap | not recorded | not stated |",
+    ]
+
+
+def test_training_settings_are_rows_and_unset_ones_are_left_out() -> None:
+    assert section(render([CLIP, CLAP], **OPTIONAL), "How it was connected").splitlines()[2:6] == [
+        "| objective | c-mcr |",
+        "| temperatures | tau1 = 0.01, tau2 = 0.05 |",
+        "| noise variance | 0.004 |",
+        "| epochs | 36 |",
+    ]
+
+
+def test_results_are_a_table_followed_by_the_command_that_made_them() -> None:
+    assert section(render([CLIP, CLAP], **OPTIONAL), "Evaluation") == (
+        "| data | mAP | P@10 |\n|---|---|---|\n| toy pairs | 0.25 |  |\n| toy clips | 0.5 | 0.75 |\n\n"
+        "Made with:\n\n```sh\ncmcr evaluate toy\n```"
+    )
+
+
+def test_training_data_appears_with_its_licence_in_both_tables() -> None:
+    card = render([CLIP, CLAP], **OPTIONAL)
+    assert "| toy captions | overlap texts | 1200 | CC0 |" in section(card, "Training data")
+    assert "| toy captions | CC0 |" in section(card, "Licence of every part")
+
+
+def test_synthetic_note_is_a_limit_only_when_given() -> None:
+    assert "- Synthetic: every picture and sound" in section(render([CLIP, CLAP], **OPTIONAL), "Limits")
+    assert "ynthetic" not in render([CLIP, CLAP]).text
+
+
+def test_missing_parts_are_named_as_missing() -> None:
+    card = render([CLIP, CLAP])
+    assert section(card, "Training data") == "Not recorded."
+    assert section(card, "How it was connected") == "Not recorded."
+    assert section(card, "Evaluation") == "No evaluation is recorded."
+
+
+def test_converted_projectors_are_not_called_trained() -> None:
+    card = render([CLIP, CLAP], converted_from="`clap_clip.pt`")
+    assert section(card, "How it was connected") == (
+        "The projectors were converted from `clap_clip.pt`, not trained by this project."
+    )
+    assert section(card, "Training data") == "That of the upstream release; nothing was trained here."
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, OPTIONAL, {"converted_from": "`ulip_clip.pt`"}], ids=["bare", "full", "converted"]
+)
+def test_rendered_card_holds_no_template_leftovers(variables: dict[str, Any]) -> None:
+    text = render([CLIP, CLAP, ULIP], **variables).content
+    for leftover in ("None", "Undefined", "{{", "{%", "{#", "\n\n\n", " \n"):
+        assert leftover not in text
+
+
+@pytest.mark.parametrize(
+    ("sources", "methods", "product"),
+    [
+        ([CLIP, CLAP], ["text", "image", "audio"], "audio @ image.T"),
+        ([CLIP, ULIP], ["text", "image", "point_cloud"], "cloud @ image.T"),
+        ([CLIP, CLAP, ULIP], ["text", "image", "audio", "point_cloud"], "audio @ image.T"),
+    ],
+    ids=["clip-clap", "clip-ulip", "all"],
+)
+def test_usage_is_python_that_calls_what_the_spaces_offer(
+    sources: list[dict[str, str | None]], methods: list[str], product: str
+) -> None:
+    code = section(render(sources), "Usage").removeprefix("```python\n").removesuffix("```")
+    compile(code, "usage", "exec")
+    offered = [name for name in ("text", "image", "audio", "point_cloud") if f"model.get_{name}_features(" in code]
+    assert offered == methods
+    assert f"print({product})" in code
+    assert 'from_pretrained("toy/cmcr")' in code
+
+
+def test_card_says_that_training_code_is_a_reimplementation_and_cites_the_paper() -> None:
+    text = render([CLIP, CLAP]).text
+    assert "upstream released inference code only; the C-MCR code and heads are under CC BY 4.0" in text
+    assert "title     = {Connecting Multi-modal Contrastive Representations}" in text

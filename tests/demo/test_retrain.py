@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from cmcr_hf.demo import retrain as module
+from cmcr_hf.demo.concepts import CONCEPTS
+from cmcr_hf.demo.drawing import draw
+from cmcr_hf.demo.retrain import main, measure, retrain
+from cmcr_hf.demo.synthesis import synthesise
+
+SHIPPED = Path(module.__file__).parent / "encoders"
+
+
+def test_info_nce_is_the_cross_entropy_without_the_same_sentence() -> None:
+    logits = torch.tensor([[2.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+    expected = torch.tensor(
+        [
+            torch.tensor([2.0, 0.0]).logsumexp(0) - 2.0,
+            torch.tensor([1.0, 0.0]).logsumexp(0) - 1.0,
+            logits[2].logsumexp(0) - 3.0,
+        ]
+    ).mean()
+    assert module._info_nce(logits, ["a bee", "a bee", "a dog"]).item() == pytest.approx(expected.item())
+
+
+def test_the_two_tokenizers_are_different_and_end_each_sentence_once() -> None:
+    clip, clap = (AutoTokenizer.from_pretrained(SHIPPED / name) for name in ("clip", "clap"))
+    for tokenizer in (clip, clap):
+        ids = tokenizer("A red bell rings")["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.eos_token_id) == 1
+        assert ids == tokenizer("a RED bell rings")["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "a red bell rings"
+    assert (clap.bos_token_id, clap.pad_token_id, clap.eos_token_id) == (0, 1, 2)
+    assert clip.eos_token_id != 2
+    assert clip.get_vocab() != clap.get_vocab()
+
+
+@pytest.mark.parametrize("concept", ["bell", "frog"])
+def test_the_shipped_clip_names_a_new_picture_alone_and_in_a_batch(concept: str) -> None:
+    model = AutoModel.from_pretrained(SHIPPED / "clip", dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(SHIPPED / "clip", backend="pil")
+    tokens = AutoTokenizer.from_pretrained(SHIPPED / "clip")(
+        [f"a {name}" for name in ("bell", "frog", "car")], padding=True, return_tensors="pt"
+    )
+    pictures = [draw(concept, np.random.default_rng([5, index])) for index in range(8)]
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        logits = model(pixel_values=pixels, **tokens).logits_per_image
+        alone = model(pixel_values=pixels[:1], **tokens).logits_per_image
+    assert (logits.argmax(dim=1) == ["bell", "frog", "car"].index(concept)).sum() >= 7
+    assert torch.allclose(logits[:1], alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("concept", ["bell", "frog"])
+def test_the_shipped_clap_names_a_new_sound(concept: str) -> None:
+    model = AutoModel.from_pretrained(SHIPPED / "clap", dtype=torch.float32)
+    extractor = AutoFeatureExtractor.from_pretrained(SHIPPED / "clap")
+    tokens = AutoTokenizer.from_pretrained(SHIPPED / "clap")(
+        [f"a {name}" for name in ("bell", "frog", "car")], padding=True, return_tensors="pt"
+    )
+    sounds = [synthesise(concept, np.random.default_rng([5, index])) for index in range(8)]
+    features = [extractor(sound, sampling_rate=16000, return_tensors="pt")["input_features"] for sound in sounds]
+    with torch.inference_mode():
+        logits = model(input_features=torch.cat(features), **tokens).logits_per_audio
+    assert (logits.argmax(dim=1) == ["bell", "frog", "car"].index(concept)).sum() >= 7
+
+
+def test_the_shipped_encoders_are_float16_and_within_four_megabytes() -> None:
+    for name in ("clip", "clap"):
+        weights = load_file(SHIPPED / name / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float16}
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 4_000_000
+
+
+@pytest.mark.slow
+def test_the_recorded_figures_are_those_of_the_shipped_weights() -> None:
+    recorded = json.loads((SHIPPED / "figures.json").read_text(encoding="utf-8"))
+    measured = measure(SHIPPED, seed=recorded["seed"], held_out=recorded["held_out_per_concept"])
+    for task in ("zero_shot_accuracy", "text_accuracy", "unconnected_audio_to_image", "chance"):
+        assert measured[task] == pytest.approx(recorded[task], abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("encoders")
+    return folder, retrain(folder, seed=3, pictures=12, sounds=12, clip_steps=12, clap_steps=12, held_out=4)
+
+
+@pytest.mark.slow
+def test_a_short_retraining_writes_both_encoders_and_their_figures(small: tuple[Path, dict[str, Any]]) -> None:
+    folder, figures = small
+    assert sorted(path.name for path in folder.iterdir()) == ["clap", "clip", "figures.json"]
+    assert json.loads((folder / "figures.json").read_text(encoding="utf-8")) == figures
+    assert figures["concepts"] == len(CONCEPTS)
+    for name in ("clip", "clap"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / name / "model.safetensors").values())
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights(small: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    retrain(tmp_path, seed=3, pictures=12, sounds=12, clip_steps=12, clap_steps=12, held_out=4)
+    for name in ("clip", "clap"):
+        first = (small[0] / name / "model.safetensors").read_bytes()
+        assert first == (tmp_path / name / "model.safetensors").read_bytes()
+
+
+def test_help_names_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "--seed" in capsys.readouterr().out
