@@ -1,8 +1,14 @@
 # Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
 """Processor of C-MCR: text, images and audio of any rate, channel count and length, for every source of a model."""
 
+from __future__ import annotations
+
 import io
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +31,17 @@ class CMCRProcessor(ProcessorMixin):
         clap_max_length: cut CLAP's texts to this many tokens. LAION-CLAP is trained and used with 77.
     """
 
+    clap_tokenizer: Any
+
     def __init__(
         self,
-        image_processor,
-        feature_extractor,
-        tokenizer,
-        clap_tokenizer,
-        clip_padding="longest",
-        clap_max_length=77,
-    ):
+        image_processor: Any,
+        feature_extractor: Any,
+        tokenizer: Any,
+        clap_tokenizer: Any,
+        clip_padding: str = "longest",
+        clap_max_length: int = 77,
+    ) -> None:
         super().__init__(image_processor, feature_extractor, tokenizer, clap_tokenizer)
         if clip_padding not in ("longest", "max_length"):
             raise ValueError(f"Expected clip_padding to be 'longest' or 'max_length', got {clip_padding!r}.")
@@ -41,87 +49,156 @@ class CMCRProcessor(ProcessorMixin):
         self.clap_max_length = clap_max_length
 
     @classmethod
-    def from_sources_pretrained(cls, clip: str | os.PathLike, clap: str | os.PathLike, **kwargs) -> "CMCRProcessor":
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> CMCRProcessor:
+        """Load a processor from the folder or Hub id that `save_pretrained` or `push_to_hub` wrote."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor.image_processor = _load_image_processor(pretrained_model_name_or_path, **kwargs)
+        return processor
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save every part to a folder; the files do not depend on what was prepared before."""
+        for tokenizer in (self.tokenizer, self.clap_tokenizer):
+            if tokenizer.is_fast:
+                # A fast tokenizer saves the padding and truncation of its latest call, and sets both anew at each.
+                tokenizer.backend_tokenizer.no_padding()
+                tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_sources_pretrained(
+        cls,
+        clip: str | os.PathLike,
+        clap: str | os.PathLike,
+        *,
+        revisions: dict[str, str | None] | None = None,
+        **kwargs: Any,
+    ) -> CMCRProcessor:
         """Build the processor from the folders or Hub ids of the two sources.
 
         Args:
             clip: an image-text model's repository: image processor and tokenizer.
             clap: an audio-text model's repository: feature extractor and tokenizer.
+            revisions: `{space: revision}` of sources on the Hub.
             **kwargs: `cache_dir`, `token`, ... for every part.
+
+        Raises:
+            ValueError: a tokenizer's vocabulary is missing.
         """
-        clip_config = AutoConfig.from_pretrained(clip, **kwargs)
+        # The main branch where none is named, as in every from_pretrained.
+        clip_arguments, clap_arguments = (
+            {**kwargs, **({"revision": revision} if revision else {})}
+            for revision in ((revisions or {}).get("clip"), (revisions or {}).get("clap"))
+        )
+        clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
+        tokenizer = _load_tokenizer(clip, **clip_arguments)
+        # SigLIP 2's tokenizer names no length: it would pad and cut nothing.
+        positions = getattr(clip_config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return cls(
-            # The PIL backend everywhere: torchvision's pixels differ, and so would the embeddings of two machines.
-            AutoImageProcessor.from_pretrained(clip, backend="pil", **kwargs),
-            AutoFeatureExtractor.from_pretrained(clap, **kwargs),
-            _load_tokenizer(clip, **kwargs),
-            _load_tokenizer(clap, **kwargs),
+            _load_image_processor(clip, **clip_arguments),
+            AutoFeatureExtractor.from_pretrained(clap, **clap_arguments),
+            tokenizer,
+            _load_tokenizer(clap, **clap_arguments),
             clip_padding="max_length" if clip_config.model_type.startswith("siglip") else "longest",
         )
 
     def __call__(
         self,
-        text: str | list[str] | None = None,
-        images=None,
-        audio=None,
-        sampling_rate: int | None = None,
+        text: str | Iterable[str] | None = None,
+        images: Any = None,
+        audio: Any = None,
+        sampling_rate: float | None = None,
         space: str | None = None,
         return_tensors: str = "pt",
+        padding: bool | str = True,
+        truncation: bool | str = True,
     ) -> BatchFeature:
         """Prepare any subset of modalities.
 
         Args:
             text: one text or a list.
             images: one image or a list: PIL, path, bytes, array or tensor (see [`load_image`]).
-            audio: one clip or a list: path, bytes, array, tensor or a `datasets` dict (see [`load_audio`]). A list is a batch of
-                clips; samples of one clip go in as an array.
+            audio: one clip or a list: path, bytes, array, tensor or a `datasets` dict (see [`load_audio`]). A list is
+                a batch of clips; samples of one clip go in as an array.
             sampling_rate: rate in Hz of audio given as arrays or tensors, required for those.
             space: whose tokenizer prepares the text, `"clip"` (default) or `"clap"`; name the same space to the model.
+            padding: of text: `True` as the source needs it, `"longest"` to the longest text given, `"max_length"` to
+                the source's length. Images and audio have the fixed size of their source.
+            truncation: of text, `True` alone: texts are always cut to the source's length.
 
         Returns:
-            Those of `input_ids`, `attention_mask`, `pixel_values`, `input_features`, `is_longer` that belong to the inputs.
+            Those of `input_ids`, `attention_mask`, `pixel_values`, `input_features` and `is_longer` of the inputs.
 
         Raises:
-            ValueError: nothing was given, an input is unreadable, empty or not finite, or an array has no rate.
+            ValueError: nothing was given, an input is unreadable, empty or not finite, an array has no rate, or the
+                source cannot take the padding or truncation.
         """
         if text is None and images is None and audio is None:
             raise ValueError("Expected at least one of text, images and audio.")
-        data: dict = {}
+        data: dict[str, Any] = {}
         if text is not None:
-            data.update(self._prepare_text(text, space))
+            data.update(self._prepare_text(text, space, padding, truncation))
         if images is not None:
-            items = list(images) if isinstance(images, (list, tuple)) else [images]
+            items = _as_list(images)
             if not items:
                 raise ValueError("Expected at least one image, got an empty list.")
             data.update(self.image_processor([load_image(item) for item in items], return_tensors="np"))
         if audio is not None:
-            clips = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+            clips = _as_list(audio)
             if not clips:
                 raise ValueError("Expected at least one audio clip, got an empty list.")
             if all(isinstance(clip, (int, float)) for clip in clips):
-                raise ValueError("Expected audio samples as an array, got a list of numbers. Pass np.asarray(samples).")
+                raise ValueError(
+                    "Expected audio samples as an array, got a list of numbers. Pass np.asarray(samples)."
+                )
             rate = self.feature_extractor.sampling_rate
             features = [self._extract(load_audio(clip, rate, sampling_rate)) for clip in clips]
             data.update({name: np.stack([feature[name] for feature in features]) for name in features[0]})
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _prepare_text(self, text: str | list[str], space: str | None) -> dict:
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(item, str) for item in texts):
-            raise ValueError("Expected text as a string or a non-empty list of strings.")
-        if space in (None, "clip"):
-            return self.tokenizer(texts, padding=self.clip_padding, truncation=True, return_tensors="np")
+    def _prepare_text(
+        self, text: str | Iterable[str], space: str | None, padding: bool | str, truncation: bool | str
+    ) -> Mapping[str, Any]:
+        if space not in (None, "clip", "clap"):
+            raise ValueError(f"Expected space='clip' or space='clap' for text, got {space!r}.")
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+        if not texts or isinstance(text, Mapping) or not all(isinstance(item, str) for item in texts):
+            raise ValueError(f"Expected text as a string or a non-empty list of strings, got {text!r:.80}.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Expected text that UTF-8 can encode ({error}). Read it with errors='replace'."
+            ) from error
+        if truncation not in (True, "longest_first"):
+            raise ValueError(f"Expected truncation=True, as longer texts exceed the source, got {truncation!r}.")
+        if padding is not True and padding not in ("longest", "max_length"):
+            raise ValueError(f"Expected padding=True, 'longest' or 'max_length', got {padding!r}.")
         if space == "clap":
             length = min(self.clap_max_length, self.clap_tokenizer.model_max_length)
-            return self.clap_tokenizer(texts, padding="longest", truncation=True, max_length=length, return_tensors="np")
-        raise ValueError(f"Expected space='clip' or space='clap' for text, got {space!r}.")
+            padding = "longest" if padding is True else padding
+            return self.clap_tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="np")
+        fixed = self.clip_padding == "max_length"
+        if fixed and padding == "longest":
+            raise ValueError(
+                "Expected padding=True: the text tower reads the last position, so 'longest' misleads it."
+            )
+        padding = self.clip_padding if padding is True else padding
+        # SigLIP is trained without a mask and attends to the padding.
+        mask = False if fixed else None
+        return self.tokenizer(texts, padding=padding, truncation=True, return_attention_mask=mask, return_tensors="np")
 
     def _extract(self, waveform: np.ndarray) -> dict[str, np.ndarray]:
         """Return the features of one mono clip at the extractor's rate, without its batch axis.
 
-        [`ClapFeatureExtractor`] draws crops at random, and calls a random clip of the batch longer than it is. Here a clip over
-        the window gives, in fused mode, its shrunken whole and the chunk in the middle of each third of the possible starts
-        (where the extractor draws one), else the window in its middle; `is_longer` follows from the clip alone.
+        [`ClapFeatureExtractor`] draws crops at random, and calls a random clip of the batch longer than it is. Here a
+        clip over the window gives, in fused mode, its shrunken whole and the chunk in the middle of each third of the
+        possible starts (where the extractor draws one), else the window in its middle; `is_longer` follows from the
+        clip alone.
         """
         extractor = self.feature_extractor
         rate = extractor.sampling_rate
@@ -133,7 +210,8 @@ class CMCRProcessor(ProcessorMixin):
             start = (len(waveform) - window) // 2
             waveform, longer = waveform[start : start + window], True
         # A window as long as the clip makes the extractor neither crop nor pad a long one.
-        mel = extractor(waveform, sampling_rate=rate, max_length=max(window, len(waveform)), return_tensors="np")["input_features"][0]
+        length = max(window, len(waveform))
+        mel = extractor(waveform, sampling_rate=rate, max_length=length, return_tensors="np")["input_features"][0]
         frames = window // extractor.hop_length + 1
         if mel.shape[1] > frames:
             mel, longer = _fuse(mel[0], frames), True
@@ -146,7 +224,7 @@ class CMCRProcessor(ProcessorMixin):
 
 
 def _fuse(mel: np.ndarray, frames: int) -> np.ndarray:
-    """Return the four channels of a fused CLAP, `(4, frames, bins)`, for the log-mel `(total, bins)` of a long clip."""
+    """Return the channels of a fused CLAP, `(4, frames, bins)`, for the log-mel `(total, bins)` of a long clip."""
     # The extractor splits the possible starts like this and draws one of each third.
     thirds = np.array_split(np.arange(len(mel) - frames + 1), 3)
     starts = [third[(len(third) - 1) // 2] if len(third) else 0 for third in thirds]
@@ -156,19 +234,40 @@ def _fuse(mel: np.ndarray, frames: int) -> np.ndarray:
     return np.stack([shrunk[0, 0].numpy(), *(mel[start : start + frames] for start in starts)])
 
 
-def _load_tokenizer(source: str | os.PathLike, **kwargs):
+def _load_image_processor(source: str | os.PathLike, **kwargs: Any) -> Any:
+    # The PIL backend everywhere: torchvision's pixels differ, and so would the embeddings of two machines.
+    return AutoImageProcessor.from_pretrained(source, **{**kwargs, "backend": "pil"})
+
+
+def _load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Offline, transformers makes a tokenizer without a vocabulary instead of an error.
-        raise ValueError(f"The tokenizer of {os.fspath(source)!r} is empty: its vocabulary file is missing. Download the repository whole.")
+        raise ValueError(
+            f"The tokenizer of {os.fspath(source)!r} is empty: its vocabulary file is missing. "
+            "Download the repository whole."
+        )
     return tokenizer
 
 
-def load_image(image):
-    """Read an image as RGB: a PIL image, path, encoded bytes, `datasets` dict, or an array or tensor.
+def _as_list(value: Any) -> list[Any]:
+    """Return the items of a list, tuple or `datasets` column, or the one item given."""
+    many = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+    return list(value) if many else [value]
 
-    Arrays and tensors are `(height, width)`, `(height, width, 3)` or `(3, height, width)`, uint8 in 0..255 or floats in 0..1.
-    The orientation that a camera recorded (EXIF) is applied.
+
+def _describe(value: Any) -> str:
+    """Name the type of a value for an error message, and of an array also dtype and shape."""
+    shape = f" of {value.dtype} and shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return type(value).__name__ + shape
+
+
+def load_image(image: Any) -> Any:
+    """Read an image as an RGB PIL image: a PIL image, path, encoded bytes, `datasets` dict, or an array or tensor.
+
+    Arrays and tensors are `(height, width)`, `(height, width, 1 or 3)` or `(1 or 3, height, width)`, uint8 in 0..255
+    or floats in 0..1; where both fit, channels come last in an array and first in a tensor. The orientation that a
+    camera recorded (EXIF) is applied, transparency is dropped, 16 bits are cut to 8.
 
     Raises:
         ValueError: the file is missing, damaged or no image; the array has another shape or range.
@@ -177,77 +276,83 @@ def load_image(image):
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError("Images need pillow: pip install pillow") from error
-    if isinstance(image, dict) and ("bytes" in image or "path" in image):
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    name = "the image"
-    if isinstance(image, (str, os.PathLike)):
-        name, image = f"image {os.fspath(image)!r}", _read_file(image, "image")
-    if isinstance(image, (bytes, bytearray)):
-        try:
-            image = Image.open(io.BytesIO(image))
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Cannot read {name}: it is damaged or in an unknown format ({error}).") from error
-    if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
-    return Image.fromarray(_pixels(image))
+    image, name = _open_item(image, "image")
+    if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
+        return Image.fromarray(_pixels(image))
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
+        opened = ImageOps.exif_transpose(opened)
+        if opened.mode.startswith("I;16"):
+            # `convert` clips, so all but the darkest 16-bit greys would be white.
+            return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
+        if opened.mode not in ("I", "F"):
+            return opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Cannot read {name}: it is empty, no image, or in a format that pillow lacks.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read {name}: it is damaged ({error}).") from error
+    raise ValueError(
+        f"Expected {name} with 8 or 16 bits a channel, got pillow's mode {opened.mode!r}. Convert it to 'L' or 'RGB'."
+    )
 
 
-def _pixels(image) -> np.ndarray:
-    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-        array = array.transpose(1, 2, 0)
+def _pixels(image: Any) -> np.ndarray:
+    array = _to_numpy(image)
+    axes = (0, 2) if isinstance(image, torch.Tensor) else (2, 0)
+    fits = [axis for axis in axes if array.ndim == 3 and array.shape[axis] in (1, 3)]
     if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape:
-        raise ValueError(f"Expected an image as (height, width, 3), (3, height, width) or (height, width), got shape {array.shape}.")
+        array, fits = array[:, :, None], [2]
+    if not fits or 0 in array.shape:
+        raise ValueError(
+            "Expected a PIL image, path, bytes or array (height, width), (height, width, 3) or (3, height, width), "
+            f"got {_describe(image)}. Pass a batch as a list."
+        )
     if array.dtype != np.uint8:
-        if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ValueError(f"Expected image values as uint8 in 0..255 or floats in 0..1, got {array.dtype}.")
+        if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+            span = f" from {array.min()} to {array.max()}" if array.dtype.kind in "fiu" else ""
+            raise ValueError(f"Expected image values as uint8 in 0..255 or floats in 0..1, got {array.dtype}{span}.")
         array = np.rint(array * 255).astype(np.uint8)
+    array = np.moveaxis(array, fits[0], 2)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
-def load_audio(audio, sampling_rate: int, rate: int | None = None) -> np.ndarray:
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite ends in an error, not in a warning
+def load_audio(audio: Any, sampling_rate: int, rate: float | None = None) -> np.ndarray:
     """Read audio as a mono float32 waveform `(samples,)` at `sampling_rate` Hz.
 
     Args:
         audio: path, encoded bytes, `datasets` dict (`array` and `sampling_rate`, or `bytes`/`path`), a decoder with
-            `get_all_samples()`, or an array or tensor: `(samples,)`, or two-dimensional with the channels on the shorter axis.
-            Integers are scaled by their type's range.
+            `get_all_samples()`, or an array or tensor: `(samples,)`, or two-dimensional with the channels on the
+            shorter axis; floats in -1..1, or integers of 8, 16 or 32 bits, which their type's range scales.
         sampling_rate: rate of the result in Hz; soxr resamples in its high quality.
-        rate: rate in Hz of an array or tensor.
+        rate: rate in Hz of an array or tensor, 100 to 10 million.
 
     Raises:
-        ValueError: the file is missing, damaged, empty or in an unknown format; samples are not finite; an array has no rate.
+        ValueError: the file is missing, cut off, damaged, empty or in an unknown format; samples are not finite; an
+            array has no rate.
     """
-    name = "the audio"
-    if isinstance(audio, dict):
-        if audio.get("array") is not None:
-            rate, audio = audio.get("sampling_rate", rate), audio["array"]
-        elif audio.get("bytes") is not None:
-            audio = audio["bytes"]
-        elif audio.get("path") is not None:
-            audio = audio["path"]
-        else:
-            raise ValueError(f"Expected an audio dict with array, bytes or path, got the keys {list(audio)}.")
+    if isinstance(audio, Mapping) and audio.get("array") is not None:
+        name, rate, audio = "the audio", audio.get("sampling_rate", rate), audio["array"]
     elif hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder, which `datasets` gives for an Audio column
         samples = audio.get_all_samples()
-        rate, audio = samples.sample_rate, samples.data
-    if isinstance(audio, (str, os.PathLike)):
-        name, audio = f"audio {os.fspath(audio)!r}", _read_file(audio, "audio")
-    if isinstance(audio, (bytes, bytearray)):
+        name, rate, audio = "the audio", samples.sample_rate, samples.data
+    else:
+        audio, name = _open_item(audio, "audio")
+    if isinstance(audio, (bytes, bytearray, memoryview)):
         waveform, rate = _decode(bytes(audio), name)
     else:
         waveform = _samples(audio)
         if rate is None:
             raise ValueError("Audio given as an array has no sampling rate of its own. Pass sampling_rate= in Hz.")
-    if isinstance(rate, bool) or not rate > 0:
-        raise ValueError(f"Expected a positive sampling rate in Hz for {name}, got {rate}.")
+    rate = rate.item() if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0 else rate
+    # Within these bounds, soxr's time and memory stay in proportion to the clip.
+    if not isinstance(rate, Real) or not 100 <= rate <= 10_000_000:
+        raise ValueError(f"Expected a sampling rate from 100 to 10000000 Hz for {name}, got {rate!r}.")
     if len(waveform) == 0:
         raise ValueError(f"Expected at least one audio sample, {name} is empty.")
-    if not np.isfinite(waveform).all():
-        raise ValueError(f"Expected finite audio samples, {name} holds NaN or infinity.")
+    # Beyond 1e10, the power of the spectrum overflows float32.
+    if not np.abs(waveform).max() < 1e10:
+        raise ValueError(f"Expected finite audio samples in -1..1, {name} holds NaN, infinity or numbers above 1e10.")
     if rate == sampling_rate:
         return waveform
     try:
@@ -267,28 +372,51 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     if not data:
         raise ValueError(f"Expected at least one audio sample, {name} is empty.")
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate, frames, log = file.samplerate, file.frames, file.extra_info
+            waveforms = [np.zeros(0, np.float32)]
+            # In blocks, as a damaged header can declare more than fits into memory.
+            while len(block := file.read(65536, dtype="float32", always_2d=True)):
+                waveforms.append(_mix_down(block))
+            waveform = np.concatenate(waveforms)
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"Cannot read {name}: it is damaged or in a format that libsndfile lacks ({error}). Convert it to WAV, FLAC, OGG or MP3."
+            f"Cannot read {name}: it is damaged or in a format that libsndfile lacks ({error.error_string}). "
+            "Convert it to WAV, FLAC, OGG or MP3."
         ) from error
-    return _mix_down(samples), rate
+    # libsndfile reads what is left of a file that was cut off, and leaves a line in its log.
+    sizes = re.search(r"(?:data|SSND|Data Size) +: (\d+) \(should be (\d+)\)", log)
+    declared, present = map(int, sizes.groups()) if sizes else (0, 0)
+    # Writers into a pipe declare a size near 2 or 4 GiB, and some others count the header in.
+    if len(waveform) < frames or (declared < 0x7FFF0000 and declared - present > 64):
+        raise ValueError(f"Cannot read {name}: it ends before the length that it declares. Copy or download it again.")
+    return waveform, rate
 
 
-def _samples(audio) -> np.ndarray:
-    array = audio.detach().cpu().float().numpy() if isinstance(audio, torch.Tensor) and audio.is_floating_point() else np.asarray(audio)
+def _samples(audio: Any) -> np.ndarray:
+    array = _to_numpy(audio)
     if array.dtype.kind not in "fiu" or array.ndim not in (1, 2):
         raise ValueError(
-            f"Expected audio samples as a numeric array (samples,) or (channels, samples), got {array.dtype} of shape {array.shape}."
+            "Expected audio as a path, bytes or numeric array (samples,) or (channels, samples), "
+            f"got {_describe(audio)}."
         )
+    if array.dtype in (np.int64, np.uint64):
+        # What numpy makes of a list of whole numbers; scaled by 2^63 it would be silence.
+        raise ValueError(f"Expected integer samples of 8, 16 or 32 bits, got {array.dtype}. Pass the file's own type.")
     if array.dtype.kind in "iu":
         limits = np.iinfo(array.dtype)
         middle = 0 if array.dtype.kind == "i" else (limits.max + 1) / 2
         array = (array.astype(np.float64) - middle) / (limits.max + 1 - middle)
     array = array.astype(np.float32, copy=False)
-    if array.ndim == 1:
-        return array
-    return _mix_down(array.T if array.shape[0] < array.shape[1] else array)
+    return array if array.ndim == 1 else _mix_down(array.T if array.shape[0] < array.shape[1] else array)
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    # numpy has no bfloat16.
+    return (value.float() if value.is_floating_point() else value).numpy()
 
 
 def _mix_down(samples: np.ndarray) -> np.ndarray:
@@ -300,12 +428,27 @@ def _mix_down(samples: np.ndarray) -> np.ndarray:
     return total if samples.shape[1] < 2 else total / np.float32(samples.shape[1])
 
 
-def _read_file(path: str | os.PathLike, kind: str) -> bytes:
+def _open_item(item: Any, kind: str) -> tuple[Any, str]:
+    """Return the bytes behind a path or `datasets` dict, or the item itself, and its name for error messages."""
+    path = None
+    if isinstance(item, Mapping):
+        if item.get("bytes") is None and item.get("path") is None:
+            raise ValueError(
+                f"Expected the {kind} dict to hold an array (audio only), bytes or a path, got the keys {list(item)}."
+            )
+        path, item = item.get("path"), item["bytes"] if item.get("bytes") is not None else item["path"]
+    if not isinstance(item, (str, os.PathLike)):
+        path = path or getattr(item, "filename", None)
+        return item, f"{kind} {str(path)!r}" if path else f"the {kind}"
+    name = os.fspath(item)
+    if re.match(r"[a-z][a-z0-9+.-]+://", str(name), re.IGNORECASE):
+        raise ValueError(f"Expected the {kind} as a local file, got the URL {name!r}. Download it first.")
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ValueError(f"Cannot read {kind} {os.fspath(path)!r}: {error.strerror}. Check the path.") from error
+        with open(item, "rb") as file:
+            return file.read(), f"{kind} {name!r}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"Cannot read {kind} {name!r}: {reason}. Check the path.") from error
 
 
 __all__ = ["CMCRProcessor"]
