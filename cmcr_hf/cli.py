@@ -6,14 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
 from .training.recipe import DataSpec, load_recipe, recipe_names
 
+if TYPE_CHECKING:
+    from .modeling.modeling_cmcr import CMCRModel
+    from .modeling.processing_cmcr import CMCRProcessor
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a `cmcr` command and return its exit status: 0, or 1 after one line that says what is wrong and what to do."""
+    """Run a `cmcr` command and return its exit status: 0, or 1 after one line on what is wrong and what to do."""
     parser = argparse.ArgumentParser(
         prog="cmcr",
         description="Connect pretrained contrastive spaces through the modality they share (C-MCR, arXiv 2305.14381).",
@@ -29,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, ImportError, OSError) as error:
-        print(f"cmcr {arguments.command}: {error}", file=sys.stderr)
+        # One line, also of the paragraphs that some libraries raise.
+        print(f"cmcr {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ncmcr {arguments.command}: stopped. What was written is kept; run the same command to go on.", file=sys.stderr)
+        print(f"\ncmcr {arguments.command}: stopped. Run the same command to go on.", file=sys.stderr)
         return 130
     return 0
 
@@ -41,13 +47,21 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "demo",
         help="connect two small spaces offline and report what came of it",
-        description="Write a synthetic world of pictures, sounds and sentences, connect a small CLIP and a small CLAP by sentences "
-        "alone, and measure retrieval between pictures and sounds against chance, training-free bridges and a null.",
+        description="Write a synthetic world of pictures, sounds and sentences, connect a small CLIP and a small CLAP "
+        "by sentences alone, and measure retrieval between pictures and sounds against chance, training-free bridges "
+        "and a null.",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)")
-    parser.add_argument("--seeds", type=_positive, default=3, help="connectors averaged in the C-MCR row (default: %(default)s)")
     parser.add_argument(
-        "--derangements", type=_not_negative, default=20, help="connectors averaged in the null row (default: %(default)s)"
+        "--output", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=_positive, default=3, help="connectors averaged in the C-MCR row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--derangements",
+        type=_not_negative,
+        default=20,
+        help="connectors averaged in the null row (default: %(default)s)",
     )
     parser.add_argument(
         "--retrain",
@@ -57,6 +71,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="FOLDER",
         help="instead, train the two small encoders anew into FOLDER (default: %(const)s), as the shipped ones were",
     )
+    parser.add_argument(
+        "--seed", type=_not_negative, default=1, help="of --retrain (default: %(default)s, that of the shipped ones)"
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -64,7 +81,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.retrain is not None:
         from .demo.retrain import retrain
 
-        print(json.dumps(retrain(arguments.retrain), indent=2))
+        print(json.dumps(retrain(arguments.retrain, seed=arguments.seed), indent=2))
         return
     from .demo.run import run_demo
 
@@ -74,25 +91,27 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "connect",
-        help="connect two spaces as a recipe says: embed, aggregate, train, assemble, evaluate, save",
-        description="Walk a recipe from raw data to a model folder. Stages that are done and still valid are skipped, so the same "
-        "command goes on after an interruption.",
+        help="connect two spaces as a recipe says: embed, aggregate, train, save, evaluate",
+        description="Walk a recipe from raw data to a model folder. Stages that are done and still valid are skipped, "
+        "so the same command goes on after an interruption.",
         epilog=f"Recipes of the package: {', '.join(recipe_names())}. A recipe is a YAML file; copy one and edit it. "
         "Example: cmcr connect my-recipe.yaml --data ~/data --output runs/mine",
     )
     parser.add_argument("recipe", help="name of a recipe of the package, or a path to a YAML file")
     parser.add_argument(
-        "--data", type=Path, help="folder that the recipe's relative paths start from (default: the recipe's folder, or here)"
+        "--data",
+        type=Path,
+        help="folder that the recipe's relative paths start from (default: the recipe's folder, or here)",
     )
     parser.add_argument("--output", type=Path, help="folder for everything (default: runs/NAME)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    )
     parser.set_defaults(run=_connect)
 
 
 def _connect(arguments: argparse.Namespace) -> None:
-    import torch
-
     from .connect import connect
     from .evaluation.connection import format_table
 
@@ -106,7 +125,7 @@ def _connect(arguments: argparse.Namespace) -> None:
     if data is None:
         beside = Path(arguments.recipe)
         data = beside.parent if beside.is_file() else Path()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device)
     connection = connect(recipe, folder, data, device=device, batch_size=arguments.batch_size, report=print)
     if connection.table is not None:
         print(format_table(connection.table))
@@ -116,53 +135,90 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser(
         "evaluate",
         help="measure retrieval between a folder of images and a folder of audio",
-        description="Embed two folders with a model and measure class-level retrieval in both directions. An item's class is the "
-        "name of its folder, or its own name where pairs share it (dog.jpg and dog.wav).",
+        description="Embed two folders with a model and measure class-level retrieval in both directions. The class "
+        "of an item is the name of its folder, or its own name where pairs share it (dog.jpg and dog.wav).",
         epilog="Example: cmcr evaluate --model runs/demo/model --images photos --audio sounds --label stem",
     )
     parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
     parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
     parser.add_argument("--audio", type=Path, required=True, help="folder of audio files, subfolders included")
     parser.add_argument(
-        "--label", choices=("parent", "stem"), default="parent", help="class of a file (default: %(default)s, its folder's name)"
+        "--label",
+        choices=("parent", "stem"),
+        default="parent",
+        help="class of a file: its folder's name or its own (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    import torch
-
     from .connect import write_json
     from .evaluation.connection import chance_metrics, format_table, retrieval_metrics
-    from .modeling.modeling_cmcr import CMCRModel
-    from .modeling.processing_cmcr import CMCRProcessor
     from .training.data import Items
     from .training.embed import encode_items
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device)
     sides = {"image": arguments.images, "audio": arguments.audio}
     items = {
         modality: Items([DataSpec(folder=str(folder), label=arguments.label)], modality, Path())
         for modality, folder in sides.items()
     }
-    model = CMCRModel.from_pretrained(arguments.model, dtype=torch.float32).to(device)
-    processor = CMCRProcessor.from_pretrained(arguments.model)
-    embeds = {
-        modality: encode_items(model, processor, part, batch_size=arguments.batch_size) for modality, part in items.items()
-    }
     labels = {modality: [str(item.label) for item in part] for modality, part in items.items()}
-    scores = embeds["audio"] @ embeds["image"].T
-    table = {
-        "chance": chance_metrics(labels["audio"], labels["image"]),
-        "model": retrieval_metrics(scores, scores.T, labels["audio"], labels["image"]),
+    # First, since it refuses classes that one side lacks.
+    table = {"chance": chance_metrics(labels["audio"], labels["image"])}
+    model, processor = _load_model(arguments.model)
+    model.to(device)  # type: ignore[arg-type]
+    embeds = {
+        modality: encode_items(model, processor, part, batch_size=arguments.batch_size)
+        for modality, part in items.items()
     }
+    scores = embeds["audio"] @ embeds["image"].T
+    table["model"] = retrieval_metrics(scores, scores.T, labels["audio"], labels["image"])
     print(f"{len(labels['audio'])} clips, {len(labels['image'])} images, {len(set(labels['audio']))} classes")
     print(format_table(table))
     if arguments.output is not None:
         write_json(arguments.output, {"model": arguments.model, "metrics": table})
+
+
+def _load_model(name: str) -> tuple[CMCRModel, CMCRProcessor]:
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    from .modeling.configuration_cmcr import CMCRConfig
+    from .modeling.modeling_cmcr import CMCRModel
+    from .modeling.processing_cmcr import CMCRProcessor
+
+    remedy = (
+        "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
+    )
+    try:
+        # transformers would take a file for a checkpoint or a configuration, by its name.
+        kind = "file" if Path(name).is_file() else CMCRConfig.get_config_dict(name)[0].get("model_type")
+        if kind == CMCRConfig.model_type:
+            model = CMCRModel.from_pretrained(name, dtype=torch.float32)
+            return model, CMCRProcessor.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"Cannot load the model {name!r}: {error} {remedy}") from error
+    raise ValueError(f"Expected a CMCRModel in {name!r}, got {f'a {kind}' if kind else 'none'}. {remedy}")
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    # A torch without CUDA raises AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Cannot use the device {name!r}: {error}. Pass --device cpu.") from error
+    return name
 
 
 def _positive(text: str) -> int:

@@ -11,7 +11,6 @@ from ..modeling.modeling_cmcr import CMCRConnector
 from .baselines import baseline_scores
 from .retrieval import chance, label_retrieval
 
-
 # {"audio_to_image": {"P@1": ...}, "image_to_audio": {...}}
 Metrics = dict[str, dict[str, float]]
 DIRECTIONS = ("audio_to_image", "image_to_audio")
@@ -37,6 +36,21 @@ class RetrievalSet:
     names_clip: torch.Tensor | None = None
 
 
+def check_classes(audio_labels: Sequence[str], image_labels: Sequence[str]) -> None:
+    """Check that every class has items on both sides, without which no query of it could be answered.
+
+    Raises:
+        ValueError: names a class that has none.
+    """
+    audio, image = set(audio_labels), set(image_labels)
+    for side, other, lone in (("audio", "image", audio - image), ("image", "audio", image - audio)):
+        if lone:
+            raise ValueError(
+                f"The class {min(lone)!r}, one of {len(lone)} such, has {side} items but no {other}. Add items of it "
+                "to the other side, or leave it out."
+            )
+
+
 def retrieval_metrics(
     audio_to_image: torch.Tensor,
     image_to_audio: torch.Tensor,
@@ -44,6 +58,7 @@ def retrieval_metrics(
     image_labels: Sequence[str],
 ) -> Metrics:
     """Return P@1, P@10 and mAP of both directions from `(audio, image)` and `(image, audio)` scores."""
+    check_classes(audio_labels, image_labels)
     ks = _cut_offs(audio_labels, image_labels)
     return {
         "audio_to_image": label_retrieval(audio_to_image, audio_labels, image_labels, ks),
@@ -53,6 +68,7 @@ def retrieval_metrics(
 
 def chance_metrics(audio_labels: Sequence[str], image_labels: Sequence[str]) -> Metrics:
     """Return what a random ranking gives on average, in both directions."""
+    check_classes(audio_labels, image_labels)
     ks = _cut_offs(audio_labels, image_labels)
     return {
         "audio_to_image": chance(audio_labels, image_labels, ks),
@@ -78,7 +94,9 @@ def baseline_metrics(items: RetrievalSet) -> dict[str, Metrics]:
 @torch.no_grad()
 def connector_metrics(connector: CMCRConnector, items: RetrievalSet) -> Metrics:
     """Return the metrics of a trained connector: both sides projected, compared by cosine."""
-    audio, image = connector.project(items.audio, "clap"), connector.project(items.image, "clip")
+    device = connector.device
+    audio = connector.project(items.audio.to(device), "clap")
+    image = connector.project(items.image.to(device), "clip")
     scores = audio @ image.T
     return retrieval_metrics(scores, scores.T, items.audio_labels, items.image_labels)
 
@@ -88,7 +106,10 @@ def mean_and_spread(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     mean: Metrics = {}
     spread: Metrics = {}
     for direction in DIRECTIONS:
-        values = {name: torch.tensor([run[direction][name] for run in runs], dtype=torch.float64) for name in runs[0][direction]}
+        values = {
+            name: torch.tensor([run[direction][name] for run in runs], dtype=torch.float64)
+            for name in runs[0][direction]
+        }
         mean[direction] = {name: value.mean().item() for name, value in values.items()}
         spread[direction] = {name: value.std().item() if len(runs) > 1 else 0.0 for name, value in values.items()}
     return mean, spread
@@ -109,8 +130,15 @@ def format_table(table: dict[str, Metrics], spread: dict[str, Metrics] | None = 
     widths = [max(len(header[i]), *(len(row[i]) for row in cells.values())) for i in range(len(header))]
     width = max(len(name) for name in cells)
     half = sum(widths[: len(first)]) + 2 * (len(first) - 1)
+    # The first half is at least as wide as its title.
+    widths[len(first) - 1] += max(len("audio -> image") - half, 0)
+    half = max(half, len("audio -> image"))
     lines = [f"{'':{width}}  {'audio -> image':<{half}}  image -> audio"]
-    lines += [f"{'':{width}}  " + "  ".join(name.ljust(size) for name, size in zip(header, widths, strict=True)).rstrip()]
+    lines += [
+        f"{'':{width}}  " + "  ".join(name.ljust(size) for name, size in zip(header, widths, strict=True)).rstrip()
+    ]
     for name, row in cells.items():
-        lines.append(f"{name:{width}}  " + "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip())
+        lines.append(
+            f"{name:{width}}  " + "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        )
     return "\n".join(lines)

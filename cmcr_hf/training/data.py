@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import Any
 from transformers.utils.hub import resolve_revision
 
 from .recipe import DataSpec
-
 
 SUFFIXES = {
     "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"},
@@ -37,6 +38,9 @@ class Items:
         specs: data entries, one after the other.
         modality: `text`, `image` or `audio`.
         root: folder that relative paths of the entries are relative to.
+
+    Raises:
+        ValueError: a folder, file, column or data set is missing or unreadable, or has no items; the message names it.
     """
 
     def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path) -> None:
@@ -45,7 +49,10 @@ class Items:
 
     @property
     def fingerprint(self) -> str:
-        """Identify the items and their order: texts by content, files by relative path, size and change time, data sets by revision."""
+        """Identify the items, their classes and their order.
+
+        Texts count by content, files by relative path, size and change time, data sets by revision.
+        """
         digest = hashlib.sha256(self.modality.encode())
         for part in self._parts:
             digest.update(part.fingerprint.encode())
@@ -81,78 +88,132 @@ class _Stream:
             raise ImportError('Data sets need the train extra: pip install "cmcr-hf[train]"') from error
         self._spec, self._modality = spec, modality
         self._columns = [spec.column] if isinstance(spec.column, str) else spec.column
-        name = str(root / str(spec.dataset)) if (root / str(spec.dataset)).is_dir() else str(spec.dataset)
+        self._wanted = [*self._columns, *([spec.label] if spec.label else []), *(spec.where or {})]
+        name, revision, files, version = _pinned(spec, root)
         try:
-            rows = datasets.load_dataset(name, spec.config, split=spec.split, revision=spec.revision, streaming=True)
-        except (OSError, ValueError, ConnectionError) as error:
+            rows = datasets.load_dataset(
+                name, spec.config, data_files=files, split=spec.split, revision=revision, streaming=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
             raise ValueError(
-                f"Cannot open the data set {spec.dataset!r} (config {spec.config}, split {spec.split}): {error}. Check the id, the "
-                "network and, for a gated set, that `hf auth login` was run by an account with access."
+                f"Cannot open the data set {spec.dataset!r} (config {spec.config}, split {spec.split}): {error}. "
+                "Check the id and the network, and for a gated set that `hf auth login` was run with access to it."
             ) from error
-        known = rows.column_names
-        if known is not None:
-            wanted = [*self._columns, *([spec.label] if spec.label else []), *(spec.where or {})]
-            missing = [column for column in wanted if column not in known]
-            if missing:
-                raise ValueError(f"The data set {spec.dataset!r} has no column {missing[0]!r}; it has {known}.")
+        features = rows.features or {}
+        # Formats such as CSV tell their columns with the first row only.
+        self._check_columns(rows.column_names or self._wanted)
+        if rows.column_names:
+            # A column that is not asked for would be decoded all the same.
+            rows = rows.select_columns(list(dict.fromkeys(self._wanted)))
         for column in self._columns:
             # Encoded bytes go to the processor, so that neither torchcodec nor a second decoder is needed.
-            kind = (rows.features or {}).get(column)
-            if isinstance(kind, (datasets.Image, datasets.Audio)):
-                rows = rows.cast_column(column, type(kind)(decode=False))
+            if isinstance(features.get(column), (datasets.Image, datasets.Audio)):
+                rows = rows.cast_column(column, type(features[column])(decode=False))
         self._rows = rows
+        # Two data sets number their classes differently; names can be compared.
+        self._classes = {
+            name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+        }
         described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note")}
-        self.fingerprint = json.dumps([described, _dataset_version(name, spec.revision)])
+        self.fingerprint = json.dumps([described, version])
+
+    def _check_columns(self, known: Sequence[str]) -> None:
+        for column in self._wanted:
+            if column not in known:
+                listed = ", ".join(known)
+                raise ValueError(f"The data set {self._spec.dataset!r} has no column {column!r}, it has {listed}.")
+
+    def _cell(self, row: dict[str, Any], column: str) -> Any:
+        value = row[column]
+        return self._classes[column][value] if column in self._classes and value is not None else value
 
     def __iter__(self) -> Iterator[Item]:
         spec = self._spec
         count = 0
         for index, row in enumerate(self._rows):
-            if spec.where and any(str(row[column]) not in values for column, values in spec.where.items()):
+            self._check_columns(row)
+            if spec.where and any(str(self._cell(row, column)) not in kept for column, kept in spec.where.items()):
                 continue
+            label = _label(self._cell(row, spec.label)) if spec.label else None
             for column in self._columns:
-                if spec.limit is not None and count >= spec.limit:
-                    return
-                value = row[column]
-                if value is None:
+                key, value = f"{spec.dataset}/{spec.split}/{index}/{column}", self._cell(row, column)
+                if _is_empty(value):
                     continue
-                if self._modality == "text":
-                    value = _fill(spec, str(value))
-                label = str(row[spec.label]) if spec.label else None
-                yield Item(f"{spec.dataset}/{spec.split}/{index}/{column}", value, label)
+                yield Item(key, _text(spec, value, key) if self._modality == "text" else _fetched(value), label)
                 count += 1
+                if count == spec.limit:
+                    return
+        if not count:
+            raise ValueError(
+                f"There are no {self._modality} items in the data set {spec.dataset!r}. Check column and where."
+            )
 
 
-def _dataset_version(name: str, revision: str | None) -> str:
-    """Return the commit of a Hub data set, or a digest of a local one's files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        resolved = resolve_revision(name, revision, repo_type="dataset")
-        return str(getattr(resolved, "resolved", resolved))
+def _fetched(cell: Any) -> Any:
+    """Read a file that a data set only names, on the Hub or in an archive: its URL is of no use to the processor."""
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if path is None or "://" not in path or cell.get("bytes") is not None:
+        return cell
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(path) as file:
+        return {**cell, "bytes": file.read()}
+
+
+def _pinned(spec: DataSpec, root: Path) -> tuple[str, str | None, str | None, str]:
+    """Return name, revision and files for `load_dataset`, all of one commit, and the version they are known by."""
+    name, files = str(spec.dataset), spec.data_files
+    folder = root / name
+    if folder.is_dir():
+        return str(folder), None, files, _files_digest(folder)
+    if files is None or "/" in name:
+        commit = _commit(name, spec.revision)
+        return name, commit, files, str(commit)
+    elsewhere = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(/.+)", files)
+    if elsewhere is None:
+        raise ValueError(
+            f"Expected data_files of {name!r} as hf://datasets/OWNER/NAME/GLOB, got {files!r}. Name a folder of your "
+            "own as dataset: FOLDER."
+        )
+    commit = _commit(elsewhere[1], elsewhere[2])
+    return name, None, f"hf://datasets/{elsewhere[1]}{f'@{commit}' if commit else ''}{elsewhere[3]}", str(commit)
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    resolved = resolve_revision(name, revision, repo_type="dataset")
+    return getattr(resolved, "resolved", resolved)
+
+
+def _files_digest(folder: Path) -> str:
     files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     listing = [[path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns] for path, status in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _Stream:
+    if spec.template is not None and modality != "text":
+        raise ValueError(f"A template goes with texts, not with {modality} items. Remove {spec.template!r}.")
     if spec.dataset is not None:
         return _Stream(spec, modality, root)
     items = _read_folder(spec, modality, root) if spec.folder is not None else _read_table(spec, modality, root)
     if spec.limit is not None:
         items = items[: spec.limit]
     if not items:
-        raise ValueError(f"There are no {modality} items in {root / str(spec.folder or spec.table)}. Check the path, pattern and where.")
+        place = root / str(spec.folder or spec.table)
+        raise ValueError(f"There are no {modality} items in {place}. Check the path, pattern, column and where.")
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps([item.key, item.label]).encode())
         if modality == "text":
-            digest.update(item.value.encode())
-            continue
-        try:
-            status = item.value.stat()
-        except OSError as error:
-            raise ValueError(f"Cannot read {modality} file {item.value}: {error.strerror}. Check the path.") from error
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            content = item.value
+        else:
+            try:
+                status = item.value.stat()
+            except OSError as error:
+                raise ValueError(
+                    f"Cannot read {modality} file {item.value}: {error.strerror}. Check the path."
+                ) from error
+            content = [status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps([item.key, item.label, content]).encode())
     return _Listed(items, digest.hexdigest())
 
 
@@ -161,14 +222,22 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
     if modality == "text":
         raise ValueError(f"Texts come from a table or a data set, not from the folder {folder}.")
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Correct the path, or name the data root with --data.")
+        raise ValueError(f"There is no folder {folder}. Check the path and the data root.")
     if spec.label not in (None, "parent", "stem"):
         raise ValueError(f"Files of a folder have the label 'parent' or 'stem', got {spec.label!r}.")
+    if spec.pattern and Path(spec.pattern).is_absolute():
+        raise ValueError(
+            f"Expected a pattern below {folder}, got the absolute {spec.pattern!r}. Use one like '**/*.jpg'."
+        )
     paths = sorted(folder.glob(spec.pattern or "**/*"))
     if not spec.pattern:
         paths = [path for path in paths if path.suffix.lower() in SUFFIXES[modality]]
     return [
-        Item(path.relative_to(folder).as_posix(), path, {None: None, "parent": path.parent.name, "stem": path.stem}[spec.label])
+        Item(
+            path.relative_to(folder).as_posix(),
+            path,
+            {None: None, "parent": path.parent.name, "stem": path.stem}[spec.label],
+        )
         for path in paths
         if path.is_file()
     ]
@@ -180,64 +249,123 @@ def _read_table(spec: DataSpec, modality: str, root: Path) -> list[Item]:
     wanted = spec.column if isinstance(spec.column, list) else [spec.column or next(iter(columns))]
     for column in [*wanted, *([spec.label] if spec.label else []), *(spec.where or {})]:
         if column not in columns:
-            raise ValueError(f"The table {path} has no column {column!r}; it has {list(columns)}.")
+            raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(columns)}.")
     files = root / spec.files if spec.files else path.parent
     items = []
     for index in range(len(columns[wanted[0]])):
-        if spec.where and any(str(columns[column][index]) not in values for column, values in spec.where.items()):
+        if spec.where and any(str(columns[column][index]) not in kept for column, kept in spec.where.items()):
             continue
-        label = str(columns[spec.label][index]) if spec.label else None
+        label = _label(columns[spec.label][index]) if spec.label else None
         for column in wanted:
             value = columns[column][index]
-            if value is None or value == "":
+            if _is_empty(value):
                 continue
+            key = f"{path.name}/{index}/{column}"
             if modality == "text":
-                items.append(Item(f"{path.name}/{index}/{column}", _fill(spec, str(value)), label))
+                items.append(Item(key, _text(spec, value, key), label))
+            elif isinstance(value, str):
+                items.append(Item(value, files / value, label))
             else:
-                items.append(Item(str(value), files / str(value), label))
+                raise ValueError(f"Expected a file name in {key}, got {value!r:.80}. Name another column.")
     return items
 
 
-def _fill(spec: DataSpec, text: str) -> str:
-    return text if spec.template is None else spec.template.replace("{}", text)
+def _is_empty(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def _label(cell: Any) -> str | None:
+    return None if _is_empty(cell) else str(cell)
+
+
+def _text(spec: DataSpec, cell: Any, key: str) -> str:
+    if not isinstance(cell, (str, int, float)):
+        raise ValueError(f"Expected a text in {key}, got {cell!r:.80}. Name a column that holds one text a row.")
+    return str(cell) if spec.template is None else spec.template.replace("{}", str(cell))
 
 
 def _load_table(path: Path) -> dict[str, list[Any]]:
-    suffix = path.suffix.lower()
+    """Read a table as columns of equal length, at least one."""
+    readers = {
+        ".txt": _read_lines,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     try:
-        if suffix == ".txt":
-            return {"text": path.read_text(encoding="utf-8").splitlines()}
-        if suffix == ".json":
-            document = json.loads(path.read_text(encoding="utf-8"))
-            texts = list(document)
-            if not isinstance(document, (list, dict)) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("expected a list of strings, or an object whose keys are the texts")
-            return {"text": texts}
-        try:
-            import pyarrow
-            from pyarrow import csv, parquet
-            from pyarrow import json as jsonl
-        except ImportError as error:
-            raise ImportError('Tables need the train extra: pip install "cmcr-hf[train]"') from error
-        if suffix in (".csv", ".tsv"):
-            delimiter = "\t" if suffix == ".tsv" else ","
-            options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-            # Strings throughout: a caption column full of numbers is still captions.
-            names = csv.open_csv(path, parse_options=options).schema.names
-            table = csv.read_csv(
-                path,
-                parse_options=options,
-                convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string())),
-            )
-        elif suffix in (".jsonl", ".ndjson"):
-            table = jsonl.read_json(path)
-        elif suffix == ".parquet":
-            table = parquet.read_table(path)
-        else:
-            raise ValueError("expected .csv, .tsv, .jsonl, .parquet, .txt or .json")
+        if path.suffix.lower() not in readers:
+            raise ValueError(f"expected one of {', '.join(readers)}")
+        columns = readers[path.suffix.lower()](path)
+        if not columns:
+            raise ValueError("it is empty")
     except OSError as error:
-        raise ValueError(f"Cannot read the table {path}: {error.strerror or error}. Correct the path, or name the data root with --data.") from error
-    except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError and pyarrow.ArrowInvalid are ValueErrors
+        reason = error.strerror or error
+        raise ValueError(f"Cannot read the table {path}: {reason}. Check the path and the data root.") from error
+    except (
+        ValueError,
+        csv.Error,
+    ) as error:  # JSONDecodeError, UnicodeDecodeError and pyarrow's ArrowInvalid are ValueErrors
         raise ValueError(f"Cannot read the table {path}: {error}.") from error
-    columns: dict[str, list[Any]] = table.to_pydict()
+    return columns
+
+
+def _read_lines(path: Path) -> dict[str, list[Any]]:
+    # Not splitlines, which also cuts at the line separators of Unicode inside a text.
+    return {"text": path.read_text(encoding="utf-8-sig").split("\n")}
+
+
+def _read_json(path: Path) -> dict[str, list[Any]]:
+    document = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(document, (list, dict)) or not all(isinstance(text, str) for text in document):
+        raise ValueError("expected a list of strings, or an object whose keys are the texts")
+    return {"text": list(document)}
+
+
+def _read_jsonl(path: Path) -> dict[str, list[Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not an object")
+        rows.append(row)
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain.from_iterable(rows))}
+
+
+def _read_csv(path: Path) -> dict[str, list[Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        # Strict: a quotation mark that is never closed would take the rest of the file for one cell. A .tsv has none.
+        dialect: dict[str, Any] = {"strict": True}
+        if path.suffix.lower() == ".tsv":
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        reader = csv.reader(file, **dialect)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have one name in {', '.join(names)}")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        try:
+            for row in reader:
+                # A blank line is the empty cell of a table of one column.
+                cells = row or [""] * len(names)
+                if len(cells) != len(names):
+                    raise ValueError(f"expected {len(names)} cells, got {len(cells)}")
+                for name, cell in zip(names, cells, strict=True):
+                    columns[name].append(cell)
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+    return columns
+
+
+def _read_parquet(path: Path) -> dict[str, list[Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError('Parquet tables need the train extra: pip install "cmcr-hf[train]"') from error
+    columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
     return columns

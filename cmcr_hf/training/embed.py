@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..modeling.modeling_cmcr import CMCRModel, normalize
 from ..modeling.processing_cmcr import CMCRProcessor
-from .data import Items
+from .data import Item, Items
 from .store import EmbeddingStore
+
+# The same for every batch size, so that a run may go on with another one.
+SHARD_ROWS = 65536
+# Weights of one file, of shards or of an older format; configurations, tokenizers and their vocabularies.
+SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt")
 
 
 @torch.inference_mode()
-def encode(source: PreTrainedModel, processor: CMCRProcessor, space: str, modality: str, values: Sequence[Any]) -> torch.Tensor:
+def encode(
+    source: PreTrainedModel, processor: CMCRProcessor, space: str, modality: str, values: Sequence[Any]
+) -> torch.Tensor:
     """Embed values with a source model: `(len(values), dim)` float32 unit rows of the source's own space.
 
     Args:
@@ -44,47 +50,73 @@ def embed(
     *,
     space: str,
     record: dict[str, str],
+    dim: int,
     batch_size: int = 32,
     progress: bool = True,
 ) -> EmbeddingStore:
-    """Embed items into the store at `folder` and return it complete; one that is complete already is returned as it is.
+    """Embed items into the store at `folder` and return it complete; one that is complete is returned as it is.
 
-    A run that was interrupted goes on behind its last shard. Batches are cut by the row index, so that a resumed run computes
-    what an uninterrupted one does.
+    An interrupted run goes on behind its last shard. Batches are cut by the row index and end with their shard, so a
+    resumed run computes what an uninterrupted one does.
 
     Args:
         record: `id`, `revision` and `config_hash` of the source, from [`source_record`].
+        dim: width of the source's embeddings.
 
     Raises:
         ValueError: the folder holds a store of other items or another source, or an item is unreadable; names it.
     """
+    store = EmbeddingStore.create(
+        folder,
+        space=space,
+        modality=items.modality,
+        source=record,
+        dim=dim,
+        data_fingerprint=items.fingerprint,
+        shard_rows=SHARD_ROWS,
+    )
+    if store.complete:
+        return store
     was_training = source.training
     source.eval()
-    width = encode(source, processor, space, items.modality, [next(iter(items)).value]).shape[1]
-    shard_rows = max(65536 // batch_size, 1) * batch_size
-    store = EmbeddingStore.create(
-        folder, space=space, modality=items.modality, source=record, dim=width, data_fingerprint=items.fingerprint, shard_rows=shard_rows
-    )
-    if not store.complete:
-        rest = itertools.islice(items, store.rows, None)
-        with tqdm(total=len(items) or None, initial=store.rows, desc=f"{space} {items.modality}", unit="item", disable=not progress) as bar:
-            while batch := list(itertools.islice(rest, batch_size)):
-                try:
-                    embeds = encode(source, processor, space, items.modality, [item.value for item in batch])
-                except ValueError as error:
-                    raise ValueError(f"{error} (one of {batch[0].key!r} to {batch[-1].key!r})") from error
-                store.append(embeds, [item.key for item in batch])
-                bar.update(len(batch))
-        store.finish()
+    rest = itertools.islice(items, store.rows, None)
+    row = store.rows
+    name = f"{space} {items.modality}"
+    with tqdm(total=len(items) or None, initial=row, desc=name, unit="item", disable=not progress) as bar:
+        while batch := list(itertools.islice(rest, min(batch_size, SHARD_ROWS - row % SHARD_ROWS))):
+            try:
+                embeds = encode(source, processor, space, items.modality, [item.value for item in batch])
+            except ValueError as error:
+                raise _named(error, processor, space, items.modality, batch) from error
+            store.append(embeds, [item.key for item in batch])
+            row += len(batch)
+            bar.update(len(batch))
+    store.finish()
     source.train(was_training)
     return store
+
+
+def _named(
+    error: ValueError, processor: CMCRProcessor, space: str, modality: str, batch: Sequence[Item]
+) -> ValueError:
+    """Return the error of the first item of a batch that the processor refuses, with the item's key."""
+    for item in batch:
+        try:
+            _features(processor, modality, [item.value], space)
+        except ValueError as cause:
+            return ValueError(f"{cause} (item {item.key!r})")
+    return error
 
 
 @torch.inference_mode()
 def encode_items(
     model: CMCRModel, processor: CMCRProcessor, items: Items, *, batch_size: int = 32, progress: bool = True
 ) -> torch.Tensor:
-    """Embed items with a connected model: `(items, projection_dim)` float32 unit rows of the shared space, on the CPU."""
+    """Embed items with a connected model: `(items, projection_dim)` float32 unit rows of the shared space, on the CPU.
+
+    Raises:
+        ValueError: an item is unreadable.
+    """
     rows = iter(items)
     embeds = []
     with tqdm(total=len(items) or None, desc=items.modality, unit="item", disable=not progress) as bar:
@@ -96,20 +128,26 @@ def encode_items(
     return torch.cat(embeds)
 
 
-def _features(processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None) -> BatchFeature:
+def _features(
+    processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None
+) -> BatchFeature:
     if modality == "text":
         return processor(text=list(values), space=space)
     return processor(images=list(values)) if modality == "image" else processor(audio=list(values))
 
 
 def source_record(identity: str, revision: str | None, source: PreTrainedModel) -> dict[str, str]:
-    """Describe a source so that another one is noticed: its id, its commit or its weights' sha256, its configuration's sha256."""
-    weights = Path(identity) / SAFE_WEIGHTS_NAME
-    if weights.is_file():
-        with weights.open("rb") as file:
-            revision = hashlib.file_digest(file, "sha256").hexdigest()
+    """Describe a source so that another is noticed: id, commit or sha256 of its files, sha256 of its configuration."""
+    if Path(identity).is_dir():
+        content = hashlib.sha256()
+        for path in sorted(path for path in Path(identity).iterdir() if path.suffix in SOURCE_SUFFIXES):
+            with path.open("rb") as file:
+                content.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+        revision = content.hexdigest()
         # A folder is known by what it holds, wherever it lies.
         identity = Path(identity).name
-    config = {key: value for key, value in source.config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    config = source.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
     digest = hashlib.sha256(json.dumps([config, str(source.dtype)], sort_keys=True, default=str).encode()).hexdigest()
     return {"id": identity, "revision": revision or "main", "config_hash": digest}

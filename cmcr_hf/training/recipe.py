@@ -22,7 +22,7 @@ from ..modeling.configuration_cmcr import CMCRConfig
 DATA_OPTIONS = {
     "folder": {"pattern", "label"},
     "table": {"column", "files", "label", "where"},
-    "dataset": {"column", "config", "split", "revision", "label", "where"},
+    "dataset": {"column", "config", "split", "revision", "data_files", "label", "where"},
 }
 # The counts that `cmcr demo` may be told.
 WORLD_COUNTS = ("images", "sounds", "texts", "test_images", "test_sounds")
@@ -40,12 +40,14 @@ class DataSpec:
         folder: folder of image or audio files, read in sorted order; relative to the data root.
         pattern: glob below the folder; all files of the modality's usual formats where it is missing.
         table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
-            are the texts); UTF-8.
+            are the texts); UTF-8. Quotation marks have a meaning in .csv alone.
         column: column or columns of the table or data set that hold the texts or the file names; a table's first where
             it is missing. Empty cells are passed over.
         files: folder that the file names of a table are relative to; the table's own where it is missing.
         dataset: Hub data set id or local folder for `datasets.load_dataset`, streamed.
         config, split, revision: of the data set; `train` is the default split.
+        data_files: glob of its files, where they are not all wanted; or, behind `dataset: audiofolder` and its like,
+            `hf://datasets/OWNER/NAME/GLOB`.
         label: where an item's class comes from, for evaluation: `parent` (folder name) or `stem` (file name) of a
             folder's files, else a column.
         where: `{column: [values]}`: keep only rows whose column has one of these values.
@@ -63,6 +65,7 @@ class DataSpec:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    data_files: str | None = None
     label: str | None = None
     where: dict[str, list[str]] | None = None
     limit: int | None = None
@@ -76,7 +79,7 @@ class DataSpec:
             raise ValueError(f"expected exactly one of folder, table and dataset, got {', '.join(given) or 'none'}.")
         kind = given[0]
         for name in sorted(set.union(*DATA_OPTIONS.values()) - DATA_OPTIONS[kind]):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if getattr(self, name) != getattr(type(self), name):
                 known = ", ".join(sorted(DATA_OPTIONS[kind]))
                 raise ValueError(f"{name} does not go with {kind}, which takes {known}. Remove it.")
         if self.column == []:
@@ -143,6 +146,7 @@ class Recipe:
         connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
         aggregate_temperature: tau_1 of equation 1.
         world: counts of the synthetic world that `cmcr demo` writes for this recipe.
+        licence: of the projectors that come of it, one of the Hub's identifiers such as `apache-2.0`.
     """
 
     name: str
@@ -156,6 +160,7 @@ class Recipe:
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec | None = None
     world: dict[str, int] | None = None
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         if set(self.sources) != {"clip", "clap"}:
@@ -192,9 +197,10 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
     if not path.suffix and not path.is_file():
         path = Path(str(files("cmcr_hf") / "recipes" / f"{name_or_path}.yaml"))
         if not path.is_file():
+            names = ", ".join(recipe_names())
             raise ValueError(
-                f"There is no recipe {os.fspath(name_or_path)!r}. Use one of the package ({', '.join(recipe_names())}) "
-                "or a path to a YAML file."
+                f"There is no recipe {os.fspath(name_or_path)!r}. Use one of the package ({names}) or a path to a "
+                "YAML file."
             )
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)

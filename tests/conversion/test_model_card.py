@@ -4,6 +4,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from cmcr_hf import CMCRConfig
+from cmcr_hf.conversion.hub import model_card
+
 TEMPLATE = Path(__file__).parents[2] / "cmcr_hf" / "conversion" / "MODEL_CARD.md"
 
 CLIP = {"space": "clip", "id": "toy/clip", "revision": "0a1b2c", "licence": "MIT"}
@@ -28,6 +31,18 @@ OPTIONAL: dict[str, Any] = {
 def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
     data = ModelCardData(license="apache-2.0", library_name="cmcr_hf", tags=["toy"])
     return ModelCard.from_template(data, template_path=str(TEMPLATE), repo_id="toy/cmcr", sources=sources, **variables)
+
+
+def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp_path: Path) -> None:
+    (tmp_path / "my-clap").mkdir()
+    config = CMCRConfig(
+        sources={"clip": {"id": "toy/clip", "revision": "0a1b2c"}, "clap": {"id": str(tmp_path / "my-clap")}}
+    )
+    card = model_card(config, repo_id="toy/cmcr", licences={"clip": "MIT"}, licence="apache-2.0")
+    assert "| clip | toy/clip | 0a1b2c | MIT |" in card.text
+    assert "| clap | my-clap | not recorded | not stated |" in card.text
+    assert str(tmp_path) not in card.text
+    assert card.data.base_model == ["toy/clip"]
 
 
 def section(card: ModelCard, title: str) -> str:

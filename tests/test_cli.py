@@ -1,0 +1,335 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from PIL import Image
+from transformers.utils import logging
+
+from cmcr_hf.cli import main
+from cmcr_hf.modeling.modeling_cmcr import CMCRModel
+from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+
+KINDS = ("bell", "cat", "dog")
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Give transformers back the loudness that the command takes from it."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_clip, tiny_clap, tmp_path_factory):
+    """A model of random sources and random projectors, as `cmcr connect` lays it out."""
+    folder = tmp_path_factory.mktemp("output")
+    torch.manual_seed(0)
+    made = CMCRModel.from_sources_pretrained(str(tiny_clip), str(tiny_clap), config={"projection_dim": 8})
+    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap)
+    for name, part in (("model", made), ("connector", made.connector)):
+        part.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder / "model"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A picture and a sound each of three classes, random, named by their class: photos/dog.jpg and sounds/dog.wav."""
+    generator = np.random.default_rng(0)
+    for folder in ("photos", "sounds"):
+        (tmp_path / folder).mkdir()
+    for kind in KINDS:
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+            tmp_path / "photos" / f"{kind}.jpg"
+        )
+        soundfile.write(tmp_path / "sounds" / f"{kind}.wav", generator.uniform(-0.5, 0.5, 2000), 8000)
+    return tmp_path
+
+
+def evaluate(model, data, *more):
+    paths = ["--images", str(data / "photos"), "--audio", str(data / "sounds")]
+    return main(["evaluate", "--model", str(model), *paths, "--device", "cpu", *more])
+
+
+def complaint(capsys):
+    """Return what a failed command says about it: its last line on stderr, alone and without a traceback."""
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("cmcr ")]
+    assert len(lines) == 1
+    # Behind it nothing, before it at most progress bars.
+    assert captured.err.endswith(lines[0] + "\n")
+    return lines[0]
+
+
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("demo", "connect", "evaluate"):
+        assert command in out
+    assert "Start with `cmcr demo`" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("demo", ["--output", "default: runs/demo", "default: 3", "default: 20", "default: runs/encoders"]),
+        ("connect", ["default: runs/NAME", "default: 32", "default: cuda where there is one", "clip-clap", "demo"]),
+        ("evaluate", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate"]),
+    ],
+)
+def test_the_help_of_every_command_names_its_defaults(capsys, command, expected):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in expected:
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["conect"], "invalid choice: 'conect'"),
+        (["evaluate", "--model", "m"], "the following arguments are required: --images, --audio"),
+        (["connect", "demo", "--batch-size", "0"], "expected at least 1, got 0"),
+        (["demo", "--derangements", "-1"], "expected 0 or more, got -1"),
+        (["demo", "--seeds", "three"], "invalid"),
+    ],
+)
+def test_wrong_arguments_end_with_status_2(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+# cmcr connect
+
+
+@pytest.fixture
+def recipe(data, tiny_clip, tiny_clap):
+    """A recipe file beside its data."""
+    (data / "texts.txt").write_text("\n".join(f"the {kind} {verb}" for kind in KINDS for verb in ("barks", "rings")))
+    content = {
+        "name": "tiny",
+        "sources": {"clip": str(tiny_clip), "clap": str(tiny_clap)},
+        "text": [{"table": "texts.txt"}],
+        "image": [{"folder": "photos"}],
+        "audio": [{"folder": "sounds"}],
+        "connector": {"projection_dim": 8},
+        "train": {"epochs": 1, "batch_size": 3},
+        "evaluate": {"image": {"folder": "photos", "label": "stem"}, "audio": {"folder": "sounds", "label": "stem"}},
+    }
+    path = data / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_connect_walks_a_recipe_with_the_data_beside_it(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert main(["connect", str(recipe), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for stage in (
+        "sources: ",
+        "embed clip-text: 6 rows of 24",
+        "aggregate clap-audio: 6 texts over 3",
+        "train: 2 steps",
+    ):
+        assert stage in out
+    assert "C-MCR" in out
+    assert (tmp_path / "work" / "runs" / "tiny" / "model" / "config.json").is_file()
+
+
+def test_connect_takes_the_data_from_another_folder(recipe, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = shutil.move(recipe, elsewhere)
+    assert main(["connect", str(moved), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert f"Cannot read the table {elsewhere / 'texts.txt'}: No such file" in complaint(capsys)
+    arguments = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["connect", str(moved), *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (clip-clap, "),
+        ("absent.yaml", "cmcr connect: Cannot read the recipe absent.yaml: No such file or directory."),
+    ],
+)
+def test_connect_names_a_recipe_that_is_not_there(capsys, name, expected):
+    assert main(["connect", name]) == 1
+    assert expected in complaint(capsys)
+
+
+def test_connect_says_what_is_wrong_with_a_recipe_in_one_line(recipe, capsys):
+    recipe.write_text("name: [broken")
+    assert main(["connect", str(recipe)]) == 1
+    assert "is not valid YAML" in complaint(capsys)
+
+
+def test_connect_names_a_source_that_is_no_model(recipe, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    content = yaml.safe_load(recipe.read_text())
+    content["sources"]["clap"] = "nothing"
+    recipe.write_text(yaml.safe_dump(content))
+    assert main(["connect", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert str(tmp_path / "nothing") in complaint(capsys)
+
+
+def test_connect_stopped_by_the_user_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmcr_hf.connect.train_connector", stopped)
+    assert main(["connect", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    assert "Run the same command to go on." in complaint(capsys)
+
+
+# cmcr evaluate
+
+
+@pytest.mark.parametrize("part", ["model", "connector"])
+def test_evaluate_measures_two_folders_whose_files_pair_by_name(model, data, capsys, part):
+    assert evaluate(model.with_name(part), data, "--label", "stem", "--output", str(data / "results" / "m.json")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("3 clips, 3 images, 3 classes\n")
+    saved = json.loads((data / "results" / "m.json").read_text())
+    assert saved["model"] == str(model.with_name(part))
+    assert saved["metrics"]["chance"]["audio_to_image"]["P@1"] == pytest.approx(1 / 3)
+
+    connected, processor = CMCRModel.from_pretrained(model), CMCRProcessor.from_pretrained(model)
+    with torch.inference_mode():
+        images = connected.get_image_features(**processor(images=[data / "photos" / f"{kind}.jpg" for kind in KINDS]))
+        audio = connected.get_audio_features(**processor(audio=[data / "sounds" / f"{kind}.wav" for kind in KINDS]))
+    scores = audio.pooler_output @ images.pooler_output.T
+    hits = (scores.argmax(1) == torch.arange(3)).double().mean().item()
+    assert saved["metrics"]["model"]["audio_to_image"]["P@1"] == pytest.approx(hits)
+    assert f"model   {hits:.3f}" in out
+
+
+def test_evaluate_takes_the_folder_of_a_file_as_its_class_by_default(model, data, capsys):
+    for name, suffix in (("photos", "jpg"), ("sounds", "wav")):
+        for kind in KINDS:
+            (data / name / kind).mkdir()
+            (data / name / f"{kind}.{suffix}").rename(data / name / kind / f"0.{suffix}")
+    assert evaluate(model, data) == 0
+    assert "3 classes" in capsys.readouterr().out
+
+
+def test_evaluate_does_not_depend_on_the_batch_size(model, data):
+    for size in ("1", "3"):
+        assert (
+            evaluate(model, data, "--label", "stem", "--batch-size", size, "--output", str(data / f"{size}.json")) == 0
+        )
+    assert (data / "1.json").read_text() == (data / "3.json").read_text()
+
+
+@pytest.mark.parametrize("folder", ["photos", "sounds"])
+def test_evaluate_names_a_folder_that_is_not_there(model, data, capsys, folder):
+    (data / folder).rename(data / "away")
+    assert evaluate(model, data) == 1
+    assert f"cmcr evaluate: There is no folder {data / folder}." in complaint(capsys)
+
+
+def test_evaluate_names_a_folder_without_files_of_its_kind(model, data, capsys):
+    shutil.rmtree(data / "sounds")
+    (data / "sounds").mkdir()
+    (data / "sounds" / "notes.txt").write_text("")
+    assert evaluate(model, data) == 1
+    assert f"There are no audio items in {data / 'sounds'}" in complaint(capsys)
+
+
+def test_evaluate_names_a_truncated_picture(model, data, capsys):
+    path = data / "photos" / "dog.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    assert evaluate(model, data, "--label", "stem") == 1
+    assert f"Cannot read image '{path}'" in complaint(capsys)
+
+
+def test_evaluate_names_a_damaged_sound(model, data, capsys):
+    path = data / "sounds" / "cat.wav"
+    path.write_bytes(b"RIFF of nothing")
+    assert evaluate(model, data, "--label", "stem") == 1
+    assert f"Cannot read audio '{path}'" in complaint(capsys)
+
+
+def test_evaluate_names_a_class_without_a_counterpart_before_it_loads_the_model(data, capsys):
+    (data / "photos" / "dog.jpg").rename(data / "photos" / "cow.jpg")
+    assert evaluate("no/model", data, "--label", "stem") == 1
+    assert "The class 'dog', one of 1 such, has audio items but no image" in complaint(capsys)
+
+
+def wrong_model(kind, folder, model, clip):
+    """Return a path or an id that is no CMCRModel, or none any more."""
+    if kind == "absent":
+        return folder / "absent"
+    if kind == "hub id":
+        return "nobody/nothing"
+    if kind == "clip":
+        return clip
+    if kind == "file":
+        return model / "config.json"
+    if kind == "empty":
+        (folder / "empty").mkdir()
+        return folder / "empty"
+    changed = Path(shutil.copytree(model, folder / "changed"))
+    weights = changed / "model.safetensors"
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "broken configuration":
+        (changed / "config.json").write_text("{")
+    elif kind == "other sizes":
+        config = json.loads((changed / "config.json").read_text())
+        config["projectors"]["clip"]["hidden_dim"] = 5
+        (changed / "config.json").write_text(json.dumps(config))
+    elif kind == "impossible configuration":
+        config = json.loads((changed / "config.json").read_text())
+        config["overlap_temperature"] = -1.0
+        (changed / "config.json").write_text(json.dumps(config))
+    elif kind == "no processor":
+        (changed / "processor_config.json").unlink()
+    return changed
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "absent",
+        "hub id",
+        "clip",
+        "file",
+        "empty",
+        "no weights",
+        "truncated weights",
+        "broken configuration",
+        "other sizes",
+        "impossible configuration",
+        "no processor",
+    ],
+)
+def test_evaluate_says_in_one_line_that_a_model_is_none(model, data, tiny_clip, capsys, kind):
+    name = wrong_model(kind, data, model, tiny_clip)
+    assert evaluate(name, data, "--label", "stem") == 1
+    line = complaint(capsys)
+    assert str(name) in line
+    assert "Pass a folder that `cmcr connect` wrote" in line
+
+
+def test_evaluate_names_a_device_that_is_not_there(model, data, capsys):
+    assert evaluate(model, data, "--label", "stem", "--device", "gpu") == 1
+    assert "Cannot use the device 'gpu'" in complaint(capsys)

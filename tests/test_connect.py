@@ -1,0 +1,406 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cmcr_hf import connect as walk
+from cmcr_hf.connect import connect, write_json
+from cmcr_hf.evaluation.connection import connector_metrics
+from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
+from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+from cmcr_hf.training import embed as embedding
+from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec
+from cmcr_hf.training.store import EmbeddingStore
+
+KINDS = ("dog", "cat", "bell")
+
+
+def write_data(root):
+    """Random pictures, sounds and sentences of three classes: enough to walk a recipe, nothing to be learnt."""
+    generator = np.random.default_rng(0)
+    for split, count in (("", 3), ("test_", 2)):
+        for kind in KINDS:
+            images, sounds = root / f"{split}images" / kind, root / f"{split}sounds" / kind
+            images.mkdir(parents=True)
+            sounds.mkdir(parents=True)
+            for row in range(count):
+                pixels = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(images / f"{row}.png")
+                soundfile.write(sounds / f"{row}.wav", generator.uniform(-0.5, 0.5, 2000), 8000)
+    rows = [f"the {size} {kind} {verb}" for kind in KINDS for size in ("small", "red") for verb in ("barks", "rings")]
+    (root / "texts.csv").write_text("text\n" + "\n".join(rows) + "\n")
+    (root / "names.csv").write_text("text\n" + "\n".join(f"the sound of a {kind}" for kind in KINDS) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_clip, tiny_clap):
+    return Recipe(
+        name="tiny",
+        sources={"clip": SourceSpec(str(tiny_clip)), "clap": SourceSpec(str(tiny_clap))},
+        text=[DataSpec(table="texts.csv", column="text")],
+        image=[DataSpec(folder="images")],
+        audio=[DataSpec(folder="sounds")],
+        connector={"projection_dim": 8},
+        train=TrainSpec(epochs=3, batch_size=4),
+        evaluate=EvaluateSpec(
+            image=DataSpec(folder="test_images", label="parent"),
+            audio=DataSpec(folder="test_sounds", label="parent"),
+            names=DataSpec(table="names.csv", column="text"),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, data, tmp_path_factory):
+    """The whole walk, uninterrupted."""
+    return connect(recipe, tmp_path_factory.mktemp("runs") / "whole", data)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished folder to change."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fails(*arguments, **options):
+    raise AssertionError("This stage is done and should not be entered again.")
+
+
+def raises_once(monkeypatch, owner, name, call=0):
+    """Stop the run, as a user would, in place of the `call`th call."""
+    original, calls = getattr(owner, name), []
+
+    def stopping(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def test_both_folders_have_a_card_with_the_data_and_the_results(finished):
+    for name in ("model", "connector"):
+        card = (finished.folder / name / "README.md").read_text()
+        assert "| texts.csv | the texts that connect | 12 | not stated |" in card
+        assert "| epochs | 3 |" in card
+        value = finished.table["C-MCR"]["audio_to_image"]["mAP"]
+        assert f"{value:.3f}" in next(line for line in card.splitlines() if line.startswith("| C-MCR |"))
+
+
+def test_the_walk_leaves_stores_pseudo_pairs_a_connector_a_model_and_the_metrics(finished):
+    folder = finished.folder
+    stores = {path.name: EmbeddingStore.open(path) for path in (folder / "stores").iterdir()}
+    assert {name: (store.rows, store.dim) for name, store in stores.items()} == {
+        "clip-text": (12, 24),
+        "clap-text": (12, 16),
+        "clip-image": (9, 24),
+        "clap-audio": (9, 16),
+        "evaluate-clip-image": (6, 24),
+        "evaluate-clap-audio": (6, 16),
+        "evaluate-clip-names": (3, 24),
+        "evaluate-clap-names": (3, 16),
+    }
+    assert stores["clip-text"].keys() == stores["clap-text"].keys()
+    assert not any(path.name.startswith(".") for path in folder.iterdir())
+    saved = json.loads((folder / "evaluation.json").read_text())
+    assert saved == {"recipe": "tiny", "metrics": finished.table}
+
+
+def test_pseudo_embeddings_are_the_soft_retrieval_of_equation_1(finished):
+    embeds = finished.training_embeds()
+    memory = EmbeddingStore.open(finished.folder / "stores" / "clap-audio").tensor().double()
+    texts = embeds["clap_text"].double()
+    expected = torch.softmax(texts @ memory.T / 0.01, dim=1) @ memory
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    assert list(embeds) == ["clip_text", "clap_text", "clip_image", "clap_audio"]
+    torch.testing.assert_close(embeds["clap_audio"].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_table_measures_the_connector_that_was_saved(finished):
+    connector = CMCRConnector.from_pretrained(finished.folder / "connector")
+    assert finished.table["C-MCR"] == connector_metrics(connector, finished.items)
+    assert {"chance", "C-MCR"} < set(finished.table)
+    assert finished.items.audio_labels == [kind for kind in sorted(KINDS) for _ in range(2)]
+
+
+def test_model_and_connector_folders_load_and_embed_alike(finished, data):
+    folder = finished.folder
+    model = CMCRModel.from_pretrained(folder / "model")
+    from_connector = CMCRModel.from_pretrained(folder / "connector")
+    processor = CMCRProcessor.from_pretrained(folder / "model")
+    inputs = processor(
+        text=["the small dog barks"],
+        images=[data / "images" / "dog" / "0.png"],
+        audio=[data / "sounds" / "dog" / "0.wav"],
+    )
+    with torch.inference_mode():
+        expected = finished.model(**inputs)
+        for loaded in (model, from_connector):
+            outputs = loaded(**inputs)
+            for name in ("text_embeds", "image_embeds", "audio_embeds"):
+                # Equal weights at other addresses in memory round differently.
+                torch.testing.assert_close(outputs[name], expected[name], atol=1e-6, rtol=0)
+    connector = CMCRConnector.from_pretrained(folder / "connector")
+    audio = EmbeddingStore.open(folder / "stores" / "evaluate-clap-audio").tensor()
+    assert equal(connector.state_dict(), finished.model.connector.state_dict())
+    assert connector.project(audio, "clap").shape == (6, 8)
+
+
+def test_a_second_run_does_nothing_again(recipe, data, finished, copy, monkeypatch):
+    for owner, name in ((embedding, "encode"), (walk, "aggregate"), (walk, "train_connector")):
+        monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(CMCRModel, "save_pretrained", fails)
+    before, lines = content(copy), []
+    again = connect(recipe, copy, data, report=lines.append)
+    assert content(copy) == before
+    assert again.table == finished.table
+    assert sum("kept, in" in line for line in lines) == 2
+
+
+def test_without_an_evaluate_section_there_is_no_table(recipe, data, copy):
+    connection = connect(replace(recipe, evaluate=None), copy, data)
+    assert connection.table is None
+    assert connection.items is None
+
+
+# What is stopped, and in place of which of its calls.
+STOPS = {
+    "first text store": (embedding, "encode", 0),
+    "audio store": (embedding, "encode", 3),
+    "second aggregation": (walk, "aggregate", 1),
+    "before the training": (walk, "train_connector", 0),
+    "training": (CMCRConnector, "forward", 4),
+    "log of the training": (walk, "write_json", 1),
+    "end of the training": (walk, "write_json", 2),
+    "connector folder": (CMCRProcessor, "save_pretrained", 0),
+    "model folder": (CMCRProcessor, "save_pretrained", 1),
+    "evaluation store": (embedding, "encode", 5),
+    "evaluation": (walk, "baseline_metrics", 0),
+    "evaluation file": (walk, "write_json", 4),
+}
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_a_run_stopped_in_any_stage_ends_with_the_same_weights(recipe, data, finished, tmp_path, monkeypatch, place):
+    with monkeypatch.context() as patch:
+        raises_once(patch, *STOPS[place])
+        with pytest.raises(KeyboardInterrupt):
+            connect(recipe, tmp_path / "run", data)
+    again = connect(recipe, tmp_path / "run", data)
+    assert equal(weights(tmp_path / "run"), weights(finished.folder))
+    assert again.table == finished.table
+
+
+def test_a_stopped_training_goes_on_behind_its_last_checkpoint(recipe, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_once(patch, CMCRConnector, "forward", 7)
+        with pytest.raises(KeyboardInterrupt):
+            connect(recipe, tmp_path / "run", data)
+    steps, forward = [], CMCRConnector.forward
+    monkeypatch.setattr(CMCRConnector, "forward", lambda *given, **more: steps.append(1) or forward(*given, **more))
+    connect(recipe, tmp_path / "run", data)
+    # Three epochs of three steps, of which the first two epochs are saved.
+    assert len(steps) == 3
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(recipe, data, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_once(patch, CMCRConnector, "forward", 7)
+        with pytest.raises(KeyboardInterrupt):
+            connect(recipe, tmp_path / "run", data)
+    checkpoints = sorted((tmp_path / "run" / "train").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-3", "checkpoint-6"]
+    # Trainer writes the state last, and in place.
+    state = checkpoints[1] / "trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    shutil.copytree(checkpoints[0], checkpoints[0].with_name("checkpoint-9"))
+    (checkpoints[0].with_name("checkpoint-9") / "trainer_state.json").unlink()
+    connect(recipe, tmp_path / "run", data)
+    assert equal(weights(tmp_path / "run"), weights(finished.folder))
+
+
+def test_a_run_killed_while_it_wrote_its_first_state_goes_on(recipe, data, tmp_path, finished, copy):
+    shutil.rmtree(copy / "train")
+    (copy / "train").mkdir()
+    (copy / "train" / f".{walk.STAGE}.tmp").write_text("{")
+    connect(recipe, copy, data)
+    assert equal(weights(copy), weights(finished.folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": TrainSpec(epochs=2, batch_size=4)}, r"copy/train holds a training run with other train\.epochs\."),
+        ({"connector": {"projection_dim": 6}}, r"train holds a training run with other connector\.projection_dim"),
+        ({"aggregate_temperature": 0.1}, "pseudo/clip-image holds other embeddings"),
+        (
+            {"text": [DataSpec(table="texts.csv", limit=8)]},
+            "stores/clip-text holds other embeddings: data_fingerprint",
+        ),
+    ],
+)
+def test_a_changed_recipe_is_refused_and_nothing_is_lost(recipe, data, copy, changes, expected):
+    before = content(copy)
+    with pytest.raises(ValueError, match=expected):
+        connect(replace(recipe, **changes), copy, data)
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize("name", ["images/dog/0.png", "test_sounds/cat/1.wav"])
+def test_changed_data_is_refused_and_nothing_is_lost(recipe, data, copy, tmp_path, name):
+    changed = Path(shutil.copytree(data, tmp_path / "changed", copy_function=shutil.copy2))
+    (changed / name).write_bytes((changed / name).read_bytes() + b"0")
+    before = content(copy)
+    with pytest.raises(ValueError, match="holds other embeddings: data_fingerprint"):
+        connect(recipe, copy, changed)
+    assert content(copy) == before
+
+
+def test_a_changed_source_is_refused(recipe, data, copy, tiny_clip, tmp_path):
+    other = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    model = load_file(other / "model.safetensors")
+    model["logit_scale"] += 1
+    save_file(model, other / "model.safetensors", metadata={"format": "pt"})
+    sources = {**recipe.sources, "clip": SourceSpec(str(other))}
+    with pytest.raises(ValueError, match="stores/clip-text holds other embeddings: source is"):
+        connect(replace(recipe, sources=sources), copy, data)
+
+
+def test_a_deleted_part_is_made_again(recipe, data, finished, copy):
+    (copy / "model" / "model.safetensors").unlink()
+    shutil.rmtree(copy / "connector")
+    connect(recipe, copy, data)
+    assert equal(weights(copy), weights(finished.folder))
+    assert (copy / "connector" / "config.json").is_file()
+
+
+def test_a_train_folder_of_somebody_else_is_left_alone(recipe, data, copy):
+    shutil.rmtree(copy / "train")
+    (copy / "train").mkdir()
+    (copy / "train" / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="copy/train is not empty and holds no training run"):
+        connect(recipe, copy, data)
+    assert content(copy / "train") == {"diary.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"image": DataSpec(folder="absent", label="parent")}, "There is no folder .*absent"),
+        ({"image": DataSpec(folder="test_images/dog", label="parent")}, "The class 'bell', one of 2 such, has audio"),
+        ({"names": DataSpec(table="names.csv", column="phrase")}, "names.csv has no column 'phrase'"),
+    ],
+)
+def test_wrong_evaluation_data_is_found_before_anything_is_computed(
+    recipe, data, tmp_path, monkeypatch, spec, expected
+):
+    monkeypatch.setattr(CMCRModel, "from_sources_pretrained", fails)
+    with pytest.raises(ValueError, match=expected):
+        connect(replace(recipe, evaluate=replace(recipe.evaluate, **spec)), tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_items_without_a_class_are_named(recipe, data, tmp_path):
+    root = Path(shutil.copytree(data, tmp_path / "data"))
+    (root / "sounds.csv").write_text("file,kind\ntest_sounds/dog/0.wav,dog\ntest_sounds/cat/0.wav,\n")
+    audio = DataSpec(table="sounds.csv", column="file", label="kind")
+    with pytest.raises(ValueError, match=r"The item 'test_sounds/cat/0.wav' of evaluate.audio has no class"):
+        connect(replace(recipe, evaluate=replace(recipe.evaluate, audio=audio)), tmp_path / "run", root)
+
+
+def test_classes_are_read_once_and_belong_to_the_embedded_items(recipe, data, tmp_path, monkeypatch):
+    specs = []
+
+    class Counted(walk.Items):
+        def __init__(self, entries, modality, root):
+            specs.extend((modality, entry.folder or entry.table) for entry in entries)
+            super().__init__(entries, modality, root)
+
+    monkeypatch.setattr(walk, "Items", Counted)
+    monkeypatch.setattr(walk, "train_connector", fails)
+    with pytest.raises(AssertionError):
+        connect(recipe, tmp_path / "run", data)
+    assert len(specs) == len(set(specs)) == 6
+
+
+def test_fewer_texts_than_a_batch_are_refused(recipe, data, copy):
+    shutil.rmtree(copy / "train")
+    with pytest.raises(ValueError, match=r"Expected at least one batch of 64 training rows, got 12"):
+        connect(replace(recipe, train=TrainSpec(epochs=1, batch_size=64)), copy, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"connector": {"overlap_temperature": -1.0}},
+            "connector of the recipe 'tiny' is not valid: .*must be positive",
+        ),
+        ({"connector": {"projectors": {"clip": {"layout": "deep"}}}}, "connector of the recipe 'tiny' is not valid"),
+    ],
+)
+def test_a_wrong_connector_section_is_refused(recipe, data, tmp_path, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        connect(replace(recipe, **changes), tmp_path / "run", data)
+
+
+def test_swapped_sources_are_refused_before_anything_is_embedded(recipe, data, tmp_path):
+    swapped = {"clip": recipe.sources["clap"], "clap": recipe.sources["clip"]}
+    with pytest.raises(ValueError, match=r"The clip source .* is a ClapModel, which embeds no image"):
+        connect(replace(recipe, sources=swapped), tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_source_folder_that_is_not_there_is_named(recipe, data, tmp_path):
+    sources = {**recipe.sources, "clap": SourceSpec("../encoders/clap")}
+    with pytest.raises(ValueError, match=r"There is no folder '../encoders/clap' for sources.clap"):
+        connect(replace(recipe, sources=sources), tmp_path / "run", data)
+
+
+def test_damaged_source_weights_are_named(recipe, data, tmp_path, tiny_clip):
+    broken = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:100])
+    sources = {**recipe.sources, "clip": SourceSpec(str(broken))}
+    with pytest.raises(ValueError, match=r"The weights of a source .*clip.* are damaged"):
+        connect(replace(recipe, sources=sources), tmp_path / "run", data)
+
+
+def test_the_global_random_state_does_not_decide_the_weights(recipe, data, finished, copy):
+    shutil.rmtree(copy / "train")
+    torch.manual_seed(12345)
+    connect(recipe, copy, data)
+    assert equal(weights(copy), weights(finished.folder))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "metrics.json"
+    write_json(path, {"value": 0.5})
+    with pytest.raises(TypeError):
+        write_json(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 0.5}

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from cmcr_hf import CMCRModel, CMCRProcessor
+from cmcr_hf.training.finetune import main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_clip, tiny_clap, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune") / "model"
+    torch.manual_seed(0)
+    CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, config={"projection_dim": 8}).save_pretrained(folder)
+    CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    generator = np.random.default_rng(0)
+    lines = ["image,audio,caption"]
+    for index in range(8):
+        Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        soundfile.write(folder / f"{index}.wav", generator.normal(0, 0.1, 4000), 8000)
+        lines.append(f"{index}.png,{index}.wav,a dog barks")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"
+
+
+def run(model_folder, pairs, output, *extra):
+    options = {
+        "--model": str(model_folder),
+        "--pairs": str(pairs),
+        "--image_column": "image",
+        "--audio_column": "audio",
+        "--output_dir": str(output),
+        "--per_device_train_batch_size": "4",
+        "--max_steps": "2",
+        "--learning_rate": "0.01",
+        "--save_strategy": "no",
+    }
+    main([part for pair in options.items() for part in pair] + ["--disable_tqdm", "True", "--use_cpu", *extra])
+
+
+def changed_parts(before, after):
+    first, second = CMCRModel.from_pretrained(before).state_dict(), CMCRModel.from_pretrained(after).state_dict()
+    return {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+
+
+def test_finetuning_changes_the_projectors_alone(model_folder, pairs, tmp_path):
+    run(model_folder, pairs, tmp_path / "out")
+    assert changed_parts(model_folder, tmp_path / "out") == {"connector"}
+    processor = CMCRProcessor.from_pretrained(tmp_path / "out")
+    assert processor(text="a dog")["input_ids"].shape == (1, 4)
+
+
+def test_finetuning_reaches_the_sources_on_request(model_folder, pairs, tmp_path):
+    run(model_folder, pairs, tmp_path / "out", "--train_sources", "--text_column", "caption")
+    assert changed_parts(model_folder, tmp_path / "out") == {"clap", "clip", "connector"}
+
+
+def test_held_out_pairs_give_an_evaluation_loss(model_folder, pairs, tmp_path):
+    run(model_folder, pairs, tmp_path / "out", "--validation_pairs", str(pairs))
+    assert '"eval_loss"' in (tmp_path / "out" / "eval_results.json").read_text()
+
+
+def test_fewer_pairs_than_a_batch_are_an_error(model_folder, pairs, tmp_path):
+    with pytest.raises(ValueError, match="at least one batch of 9 pairs, got 8"):
+        run(model_folder, pairs, tmp_path / "out", "--per_device_train_batch_size", "9")
+
+
+def test_a_table_with_holes_is_refused(model_folder, pairs, tmp_path):
+    table = pairs.with_name("holes.csv")
+    table.write_text(pairs.read_text().replace("3.wav", ""))
+    with pytest.raises(ValueError, match=r"every row of .*holes\.csv to be complete"):
+        run(model_folder, table, tmp_path / "out")

@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import pytest
+
+from cmcr_hf.training.recipe import DataSpec, load_recipe, recipe_names
+
+MINIMAL = """
+name: small
+sources: {clip: some/clip, clap: some/clap}
+text: [{table: texts.csv, column: text}]
+image: [{folder: images}]
+audio: [{folder: sounds}]
+"""
+
+
+def write(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path):
+    """Return the message that refuses a recipe, which names its file."""
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_loads(name):
+    assert load_recipe(name).name == name
+
+
+def test_a_minimal_recipe_has_the_schedule_of_the_paper(tmp_path):
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.learning_rate) == (36, 4096, 1e-3)
+    assert recipe.sources["clip"].id == "some/clip"
+    assert recipe.text[0].column == "text"
+    assert recipe.evaluate is None
+
+
+def test_numbers_that_yaml_reads_as_text_become_floats(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL + "aggregate_temperature: 2e-2\ntrain: {learning_rate: 1e-4, weight_decay: 0}\n")
+    )
+    assert recipe.aggregate_temperature == 0.02
+    assert recipe.train.learning_rate == 1e-4
+    assert isinstance(recipe.train.weight_decay, float)
+
+
+def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
+    recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {projection_dim: 64, leaf_temperature: 5e-2}\n"))
+    assert recipe.connector == {"projection_dim": 64, "leaf_temperature": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epoch: 3", "unknown key 'epoch'. Known keys: name, sources"),
+        ("trian: {epochs: 3}", "unknown key 'trian'. Did you mean 'train'?"),
+        ("train: {epoch: 3}", "unknown key 'epoch' in train. Did you mean 'epochs'?"),
+        ("connector: {projection_dm: 3}", "unknown key 'projection_dm' in connector. Did you mean 'projection_dim'?"),
+        ("connector: {clip_config: {}}", "unknown key 'clip_config' in connector"),
+        ("connector: {projection_dim: wide}", "expected connector.projection_dim to be of type int, got 'wide'"),
+        ("world: {pictures: 3}", "unknown key 'pictures' in world"),
+        ("train: {epochs: many}", "expected train.epochs to be of type int, got 'many'"),
+        ("train: {epochs: true}", "expected train.epochs to be of type int, got True"),
+        ("train: {epochs: 1.5}", "expected train.epochs to be of type int, got 1.5"),
+        ("train: {learning_rate: fast}", "expected train.learning_rate to be of type float, got 'fast'"),
+        ("train: {learning_rate: .nan}", "train: expected a positive learning_rate, got nan"),
+        ("train: {learning_rate: 0}", "train: expected a positive learning_rate, got 0.0"),
+        ("train: {batch_size: 0}", "train: expected batch_size to be at least 1, got 0"),
+        ("train: {validation_rows: -1}", "train: expected validation_rows to be 0 or more, got -1"),
+        ("train: [epochs]", "expected train to be a mapping, got ['epochs']"),
+        ("aggregate_temperature: 0", "expected a positive aggregate_temperature, got 0.0"),
+        ("evaluate: {image: {folder: a, label: stem}}", "evaluate lacks the key 'audio'"),
+        ("evaluate: {image: {folder: a}, audio: {folder: b, label: stem}}", "evaluate: image lacks a label"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path, text, expected):
+    message = refusal(write(tmp_path, MINIMAL + text + "\n"))
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            "{folder: a, table: b.csv}",
+            "image[0]: expected exactly one of folder, table and dataset, got folder, table",
+        ),
+        ("{limit: 3}", "image[0]: expected exactly one of folder, table and dataset, got none"),
+        ("{folder: a, limit: 0}", "image[0]: expected limit to be at least 1, got 0"),
+        ("{folder: a, where: {year: ['1']}}", "image[0]: where does not go with folder, which takes label, pattern"),
+        ("{table: a.csv, pattern: '*.png'}", "image[0]: pattern does not go with table"),
+        ("{table: a.csv, split: test}", "image[0]: split does not go with table"),
+        ("{table: a.csv, column: []}", "image[0]: expected the name of a column"),
+        ("{table: a.csv, template: plain}", "image[0]: expected a template with one {} for the text, got 'plain'"),
+        ("{table: a.csv, where: {year: [2020]}}", "expected image[0].where.year[0] to be of type str, got 2020"),
+        ("{table: a.csv, column: 3}", "expected image[0].column to be of type str, got 3"),
+        ("images", "expected image[0] to be a mapping, got 'images'"),
+    ],
+)
+def test_a_wrong_data_entry_is_named(tmp_path, entry, expected):
+    assert expected in refusal(write(tmp_path, MINIMAL.replace("{folder: images}", entry)))
+
+
+def test_a_missing_key_is_named(tmp_path):
+    assert "the recipe lacks the key 'audio'" in refusal(write(tmp_path, MINIMAL.replace("audio:", "#")))
+
+
+def test_a_missing_source_is_named(tmp_path):
+    text = MINIMAL.replace("sources: {clip: some/clip, clap: some/clap}", "sources: {clip: some/clip}")
+    assert "expected the sources clip and clap, got clip" in refusal(write(tmp_path, text))
+
+
+def test_an_empty_list_of_data_is_refused(tmp_path):
+    text = MINIMAL.replace("[{folder: sounds}]", "[]")
+    assert "expected at least one data entry under audio" in refusal(write(tmp_path, text))
+
+
+def test_a_key_given_twice_is_refused_in_place_of_dropping_the_first(tmp_path):
+    message = refusal(write(tmp_path, MINIMAL + "image: [{folder: more}]\n"))
+    assert "the key 'image' is given twice" in message
+    assert "line 7" in message
+
+
+def test_bad_yaml_is_refused_with_its_line(tmp_path):
+    message = refusal(write(tmp_path, "name: [unclosed\n"))
+    assert "is not valid YAML" in message
+    assert "line 2" in message
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    assert "expected the recipe to be a mapping, got None" in refusal(write(tmp_path, ""))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    assert "is not valid YAML" in refusal(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "No such file or directory" in refusal(tmp_path / "absent.yaml")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"There is no recipe 'absent'\. Use one of the package \(.*demo.*\)"):
+        load_recipe("absent")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_recipe_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert load_recipe("demo").name == "demo"
+
+
+def test_source_folders_are_found_beside_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "encoders" / "clip").mkdir(parents=True)
+    path = write(tmp_path, MINIMAL.replace("clip: some/clip", "clip: {id: encoders/clip, licence: MIT}"))
+    monkeypatch.chdir("/")
+    sources = load_recipe(path).sources
+    assert sources["clip"].id == str((tmp_path / "encoders" / "clip").resolve())
+    assert sources["clip"].licence == "MIT"
+    assert sources["clap"].id == "some/clap"
+
+
+def test_a_data_entry_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match="exactly one of folder, table and dataset"):
+        DataSpec()

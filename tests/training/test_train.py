@@ -1,0 +1,202 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmcr_hf import CMCRConfig, CMCRConnector
+from cmcr_hf.training.store import EmbeddingStore
+from cmcr_hf.training.train import ConnectionDataset, ConnectorTrainingArguments, main, train_connector
+
+NAMES = {"clip_text": 6, "clap_text": 4, "clip_image": 6, "clap_audio": 4}
+
+
+def aligned_embeds(rows, *, noise=0.3):
+    """Two linear views of the same hidden vectors: what a bridge can learn to connect."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 4, generator=generator)
+    embeds = {}
+    for name, width in NAMES.items():
+        view = torch.randn(4, width, generator=torch.Generator().manual_seed(len(name.split("_")[0]) + width))
+        embeds[name] = F.normalize(hidden @ view + noise * torch.randn(rows, width, generator=generator), dim=-1)
+    return embeds
+
+
+def small_config(**fields):
+    spaces = {"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}
+    return CMCRConfig(projectors=spaces, projection_dim=8, overlap_temperature=0.1, leaf_temperature=0.1, **fields)
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return ConnectorTrainingArguments(**{**defaults, **changes})
+
+
+def equal_weights(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_defaults_are_the_schedule_of_the_paper(tmp_path):
+    args = ConnectorTrainingArguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-3, 36, 4096)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm) == ("cosine", 0, 0)
+    assert args.optim.startswith("adamw_torch")
+
+
+def test_training_lowers_the_loss_and_connects_held_out_rows(tmp_path):
+    _, history = train_connector(
+        small_config(noise_norm=0.3),
+        aligned_embeds(400),
+        arguments(tmp_path, num_train_epochs=15, save_strategy="no"),
+        validation_rows=40,
+        log_lines=False,
+    )
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    evaluation = next(entry for entry in history if "eval_loss" in entry)
+    # One of 40 by chance.
+    assert evaluation["eval_clip_text_to_clap_text_R@1"] > 0.2
+    assert evaluation["eval_clip_image_to_clap_audio_R@5"] > 0.4
+
+
+def test_every_log_holds_the_terms_of_the_loss(tmp_path):
+    _, history = train_connector(
+        small_config(intra_weight=0.5), aligned_embeds(48), arguments(tmp_path, save_strategy="no"), log_lines=False
+    )
+    entries = [entry for entry in history if "loss" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        expected = entry["loss_overlap"] + entry["loss_leaf"] + 0.5 * entry["loss_intra"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_seed_decides_the_weights(tmp_path):
+    runs = [
+        train_connector(
+            small_config(), aligned_embeds(48), arguments(tmp_path, seed=seed, save_strategy="no"), log_lines=False
+        )[0]
+        for seed in (3, 3, 4)
+    ]
+    assert equal_weights(runs[0], runs[1])
+    assert not equal_weights(runs[0], runs[2])
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    embeds = aligned_embeds(80)
+    whole, _ = train_connector(small_config(), embeds, arguments(tmp_path / "whole"), log_lines=False)
+    # Every second step, so that checkpoints fall into the middle of an epoch of five steps.
+    stepwise = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    train_connector(small_config(), embeds, arguments(tmp_path / "broken", **stepwise), log_lines=False)
+    for step in (4, 10, 18):
+        checkpoint = str(tmp_path / "broken" / f"checkpoint-{step}")
+        resumed, _ = train_connector(
+            small_config(),
+            embeds,
+            arguments(tmp_path / f"resumed-{step}", resume_from_checkpoint=checkpoint),
+            log_lines=False,
+        )
+        assert equal_weights(resumed, whole), step
+
+
+def test_accumulated_gradients_are_those_of_the_mean_of_the_micro_batch_losses(tmp_path):
+    embeds = aligned_embeds(32)
+    config = small_config(noise_norm=0)
+    rate = 0.1
+    args = arguments(
+        tmp_path,
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        optim="sgd",
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        seed=5,
+    )
+    trained, _ = train_connector(config, embeds, args, log_lines=False)
+
+    torch.manual_seed(5)
+    expected = CMCRConnector(config).train()
+    # The order of Trainer's sampler for this seed, read off a run of one batch each.
+    seen = []
+    original = ConnectionDataset.__getitems__
+    ConnectionDataset.__getitems__ = lambda self, indices: seen.append(list(indices)) or original(self, indices)
+    try:
+        train_connector(config, embeds, args, log_lines=False)
+    finally:
+        ConnectionDataset.__getitems__ = original
+    losses = [expected({name: rows[indices] for name, rows in embeds.items()}).loss for indices in seen[:2]]
+    (sum(losses) / 2).backward()
+    for name, parameter in expected.named_parameters():
+        if parameter.grad is not None:
+            updated = parameter - rate * parameter.grad
+            torch.testing.assert_close(dict(trained.named_parameters())[name], updated, rtol=1e-4, atol=1e-6)
+
+
+def test_fewer_rows_than_a_batch_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="at least one batch of 16 training rows, got 8"):
+        train_connector(small_config(), aligned_embeds(8), arguments(tmp_path))
+
+
+def test_stores_that_are_not_aligned_are_refused():
+    embeds = aligned_embeds(8)
+    embeds["clap_text"] = embeds["clap_text"][:7]
+    with pytest.raises(ValueError, match=r"row by row, got .*'clap_text': 7"):
+        ConnectionDataset(embeds)
+
+
+def test_evaluation_leaves_no_row_out_when_it_takes_several_batches(tmp_path):
+    _, history = train_connector(
+        small_config(),
+        aligned_embeds(70),
+        arguments(tmp_path, per_device_eval_batch_size=16, save_strategy="no"),
+        validation_rows=40,
+        log_lines=False,
+    )
+    evaluation = next(entry for entry in history if "eval_loss" in entry)
+    # R@1 is a multiple of one over the number of rows that were ranked: 39 of 40, in three equal batches.
+    share = evaluation["eval_clip_text_to_clap_text_R@1"] * 39
+    assert math.isclose(share, round(share), abs_tol=1e-6)
+
+
+def save_stores(folder, embeds):
+    paths = []
+    for name, rows in embeds.items():
+        space, modality = name.split("_")
+        store = EmbeddingStore.create(
+            folder / name,
+            space=space,
+            modality=modality,
+            source={"id": "tiny", "revision": "main", "config_hash": "0"},
+            dim=rows.shape[1],
+            data_fingerprint="0",
+        )
+        store.append(rows, [str(index) for index in range(len(rows))])
+        store.finish()
+        paths.append(str(folder / name))
+    return paths
+
+
+def test_the_script_trains_from_stores_and_saves_a_connector(tmp_path, capsys):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    options = {
+        "--output_dir": str(tmp_path / "out"),
+        "--per_device_train_batch_size": "16",
+        "--num_train_epochs": "2",
+        "--projection_dim": "8",
+        "--layout": "linear-bn-relu",
+        "--validation_rows": "10",
+    }
+    flags = [part for pair in options.items() for part in pair]
+    main(["--stores", *stores, *flags, "--disable_tqdm", "True", "--use_cpu"])
+    connector = CMCRConnector.from_pretrained(tmp_path / "out")
+    assert connector.config.projectors["clap"] == {"layout": "linear-bn-relu", "input_dim": 4}
+    output = capsys.readouterr().out
+    assert "eval_loss" in json.loads(output[output.rindex("{\n") :])
