@@ -91,6 +91,10 @@ def write_world(
         temporary.chmod(0o755)
         new = temporary / "new"
         _write_items(new, seed, counts)
+        for path in new.rglob("*.*"):
+            # Pillow and soundfile close what they write without fsync; the marker is to vouch for files on the disk.
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         _write_text(new / _MARKER, json.dumps(description, indent=2) + "\n")
         if folder.exists():
             folder.rename(temporary / "old")

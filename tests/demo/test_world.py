@@ -83,7 +83,8 @@ def test_a_world_of_the_same_description_is_kept(world: Path) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_world_of_another_description_is_replaced(tmp_path: Path) -> None:
+def test_a_world_of_another_description_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmcr_hf.demo.world.CONCEPTS", {name: CONCEPTS[name] for name in ("bee", "frog")})
     folder = tmp_path / "world"
     write_world(folder, seed=1, **SMALL)
     before = (folder / "texts.csv").read_text(encoding="utf-8")
