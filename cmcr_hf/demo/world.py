@@ -56,8 +56,8 @@ def write_world(
 
     Layout: `images/<concept>/0000.png`, `sounds/<concept>/0000.wav` (16 kHz, PCM16), the same under `test_images` and
     `test_sounds`, `texts.csv` and `names.csv` (columns text, concept), and `world.json`. Every picture and sound is a
-    function of seed, split, concept and index alone. The folder appears complete or not at all. A world of another
-    description is replaced; ValueError if the folder holds anything else.
+    function of seed, split, concept and index alone. The folder appears complete or not at all. ValueError,
+    and nothing is touched, if the folder holds a world of another description or anything else.
 
     Returns the folder.
     """
@@ -81,9 +81,10 @@ def write_world(
     folder = Path(folder)
     marker = folder / _MARKER
     if marker.is_file():
-        if json.loads(marker.read_text(encoding="utf-8")) == description:
+        if marker.read_text(encoding="utf-8") == _described(description):
             return folder
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds a world of another description. Pass another folder, or delete this one.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected {folder} to be absent, empty or a world, got other files. Pass another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -95,13 +96,16 @@ def write_world(
             # Pillow and soundfile close what they write without fsync; the marker is to vouch for files on the disk.
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        _write_text(new / _MARKER, json.dumps(description, indent=2) + "\n")
-        if folder.exists():
-            folder.rename(temporary / "old")
+        _write_text(new / _MARKER, _described(description))
+        # Onto an empty folder or none.
         new.rename(folder)
     finally:
         shutil.rmtree(temporary)
     return folder
+
+
+def _described(description: dict[str, object]) -> str:
+    return json.dumps(description, indent=2) + "\n"
 
 
 def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:

@@ -127,12 +127,14 @@ def ridge_map(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01
 def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     """Fit the rotation W = U V^T (d_a, d_b) of the singular value decomposition U S V^T = text_a^T text_b.
 
-    It maximises mean_i <a_i W, b_i> over orthogonal W (semi-orthogonal ones at unequal widths). Fitted on the texts,
-    so not training-free; solved in float64. Use it as normalize(a W) b^T.
+    It maximises mean_i <a_i W, b_i> over orthogonal W (semi-orthogonal ones at unequal widths). Directions that the
+    texts do not span (singular values below 1e-6 of the largest) are left out, since their rotation would be rounding
+    error. Fitted on the texts, so not training-free; solved in float64. Use it as normalize(a W) b^T.
     """
     text_a, text_b = _aligned_texts(text_a, text_b)
-    left, _, right = torch.linalg.svd(_second_moment(text_a, text_b), full_matrices=False)
-    rotation: torch.Tensor = left @ right
+    left, singular, right = torch.linalg.svd(_second_moment(text_a, text_b), full_matrices=False)
+    spanned = singular > 1e-6 * singular[0]
+    rotation: torch.Tensor = left[:, spanned] @ right[spanned]
     return rotation.to(text_a.dtype)
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
 """C-MCR configuration: which spaces are connected, through what, and how."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -105,6 +107,11 @@ class CMCRConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         given = self.projectors or {}
+        for space, projector in given.items():
+            if not isinstance(projector, dict):
+                raise ValueError(
+                    f"Expected the {space} projector as {{'layout': ..., 'hidden_dim': ...}}, got {projector!r}."
+                )
         spaces = [space for space in SPACE_MODALITIES if space in given or self.source_config(space) is not None]
         if not spaces and not given:
             # What `CMCRConfig()` means, which transformers itself asks for when it compares a configuration to its
@@ -168,12 +175,15 @@ class CMCRConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Check that the fields agree with each other (called by transformers at creation and at saving)."""
         super().validate_architecture()
+        _check_dim("projection_dim", self.projection_dim)
         for space, projector in self.projectors.items():
             if space not in SPACE_MODALITIES:
                 raise ValueError(f"Unknown space {space!r} in projectors: expected one of {list(SPACE_MODALITIES)}.")
             unknown = set(projector) - {"layout", "input_dim", "hidden_dim"}
             if unknown:
                 raise ValueError(f"Unknown fields {sorted(unknown)} in the {space} projector.")
+            for field in ("input_dim", "hidden_dim"):
+                _check_dim(f"{field} of the {space} projector", projector.get(field, 1))
             if projector["layout"] not in PROJECTOR_LAYOUTS:
                 raise ValueError(
                     f"Unknown layout {projector['layout']!r} of the {space} projector: expected one of "
@@ -193,11 +203,20 @@ class CMCRConfig(PreTrainedConfig):
             if space not in self.projectors or modality not in SPACE_MODALITIES[space]:
                 raise ValueError(f"The default space of {modality} cannot be {space!r}.")
         for name in ("overlap_temperature", "leaf_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
         for name in ("intra_weight", "noise_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must not be negative, and finite, got {getattr(self, name)}.")
+
+
+# A projector wider than this would ask for more memory than any machine has.
+MAX_DIM = 65536
+
+
+def _check_dim(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DIM:
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_DIM}, got {value!r}.")
 
 
 __all__ = ["CMCRConfig"]

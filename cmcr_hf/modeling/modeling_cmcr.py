@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.hub import resolve_revision
 
-from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, CMCRConfig, source_embedding_dim
+from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, SPACE_MODALITIES, CMCRConfig, source_embedding_dim
 
 logger = logging.get_logger(__name__)
 
@@ -345,7 +345,8 @@ class CMCRModel(CMCRPreTrainedModel):
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
             revisions: `{space: revision}` of sources on the Hub.
-            **kwargs: for the sources' `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `token`, ...
+            **kwargs: for the sources' `from_pretrained`: `dtype` (default: the connector's, float32 for a fresh one),
+                `device_map`, `attn_implementation`, `token`, ...
 
         Raises:
             ValueError: the sources are not those that the connector connects, or one is not as wide as it expects.
@@ -365,6 +366,8 @@ class CMCRModel(CMCRPreTrainedModel):
         if trained is not None:
             config = {name: getattr(trained.config, name) for name in CMCRConfig.__annotations__}
 
+        # A checkpoint in half precision would else cut the trained projectors to its own.
+        kwargs.setdefault("dtype", torch.float32 if trained is None else trained.dtype)
         models: dict[str, PreTrainedModel] = {}
         records = {}
         for space, source in given.items():
@@ -378,6 +381,13 @@ class CMCRModel(CMCRPreTrainedModel):
                     f"Cannot load the {space} source {os.fspath(source)!r}. Pass its folder or Hub id as {space}= to "
                     f"CMCRModel.from_sources_pretrained. ({error})"
                 ) from error
+        for space, source in models.items():
+            missing = [m for m in SPACE_MODALITIES[space] if not hasattr(source, f"get_{m}_features")]
+            if missing:
+                raise ValueError(
+                    f"The {space} source is a {type(source).__name__}, which cannot embed {' and '.join(missing)}. "
+                    "Pass an image-text model as clip= and an audio-text model as clap=."
+                )
         # Copies, since a composite configuration resets the attention of its parts.
         configs = {f"{space}_config": copy.deepcopy(source.config) for space, source in models.items()}
         model_config = CMCRConfig(**{**(config or {}), **configs, "sources": records or None})

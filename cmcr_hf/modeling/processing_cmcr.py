@@ -57,6 +57,26 @@ class CMCRProcessor(ProcessorMixin):
         processor.image_processor = _load_image_processor(pretrained_model_name_or_path, **kwargs)
         return processor
 
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls,
+        sub_processor_type: str,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> Any:
+        # For a missing second tokenizer, transformers takes the first one, which is the other space's, and warns.
+        if sub_processor_type != "tokenizer":
+            subfolder = "/".join(part for part in (subfolder, sub_processor_type) if part)
+            if os.path.isdir(pretrained_model_name_or_path) and not os.path.isdir(
+                os.path.join(pretrained_model_name_or_path, subfolder)
+            ):
+                raise ValueError(
+                    f"{os.fspath(pretrained_model_name_or_path)!r} has no folder {subfolder!r} with the tokenizer of "
+                    "that space. Save the processor anew with CMCRProcessor.save_pretrained."
+                )
+        return _load_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -83,16 +82,24 @@ def test_a_world_of_the_same_description_is_kept(world: Path) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_world_of_another_description_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_of_another_description_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmcr_hf.demo.world.CONCEPTS", {name: CONCEPTS[name] for name in ("bee", "frog")})
     folder = tmp_path / "world"
     write_world(folder, seed=1, **SMALL)
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     before = (folder / "texts.csv").read_text(encoding="utf-8")
-    write_world(folder, seed=2, **{**SMALL, "images": 1})
-    assert json.loads((folder / "world.json").read_text(encoding="utf-8"))["seed"] == 2
-    assert (folder / "texts.csv").read_text(encoding="utf-8") != before
-    assert not (folder / "images" / "bee" / "0001.png").exists()
+    with pytest.raises(ValueError, match="holds a world of another description"):
+        write_world(folder, seed=2, **SMALL)
+    assert (folder / "texts.csv").read_text(encoding="utf-8") == before
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_damaged_marker_is_another_description(tmp_path: Path, content: str) -> None:
+    (tmp_path / "world.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="another description"):
+        write_world(tmp_path, **SMALL)
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:

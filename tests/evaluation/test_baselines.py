@@ -351,3 +351,13 @@ def test_two_names_are_swapped() -> None:
 def test_fewer_than_two_names_cannot_be_deranged(names: list[str]) -> None:
     with pytest.raises(ValueError, match="expected at least 2"):
         derange_by_name(names, torch.Generator())
+
+
+def test_procrustes_leaves_out_what_the_texts_do_not_span() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0][:, :3]
+    texts = normalize(torch.randn(50, 3, generator=generator, dtype=torch.float64) @ basis.T, dim=-1)
+    disturbed = normalize(texts + 1e-9 * torch.randn(50, 8, generator=generator, dtype=torch.float64), dim=-1)
+    fitted = procrustes_map(texts, texts)
+    torch.testing.assert_close(fitted, basis @ basis.T)
+    torch.testing.assert_close(procrustes_map(disturbed, disturbed), fitted, atol=1e-6, rtol=0)

@@ -92,6 +92,12 @@ def test_the_ulip_space_of_a_connector_needs_no_source_configuration():
         ({"default_spaces": {"audio": "clip"}}, "default space of audio"),
         ({"leaf_temperature": 0.0}, "leaf_temperature must be positive"),
         ({"noise_norm": -1.0}, "noise_norm must not be negative"),
+        ({"noise_norm": float("nan")}, "noise_norm must not be negative, and finite"),
+        ({"leaf_temperature": float("inf")}, "leaf_temperature must be positive and finite"),
+        ({"projection_dim": 0}, "projection_dim must be a whole number"),
+        ({"projection_dim": 10**9}, "projection_dim must be a whole number"),
+        ({"projectors": {"clip": {"input_dim": 4, "hidden_dim": 0}}}, "hidden_dim of the clip projector must be"),
+        ({"projectors": {"clip": "identity"}}, "Expected the clip projector as"),
         ({"overlap_temperature": "cold"}, "overlap_temperature"),
     ],
 )

@@ -527,6 +527,23 @@ def test_a_source_that_the_connector_connects_cannot_be_left_out(connector_folde
         CMCRModel.from_sources_pretrained(tiny_clip, connector=connector_folder)
 
 
+def test_sources_in_the_wrong_roles_are_refused(tiny_clip, tiny_clap):
+    with pytest.raises(ValueError, match="The clip source is a ClapModel, which cannot embed image"):
+        CMCRModel.from_sources_pretrained(clip=tiny_clap, clap=tiny_clip)
+
+
+def test_sources_in_half_precision_do_not_cut_a_trained_connector(model, connector_folder, tiny_clip, tmp_path):
+    half, folder = tmp_path / "half", tmp_path / "connector"
+    CLIPModel.from_pretrained(tiny_clip, dtype=torch.float16).save_pretrained(half)
+    shutil.copytree(connector_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["sources"]["clip"]["id"] = str(half)
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = CMCRModel.from_pretrained(folder)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert equal_weights(loaded.connector, model.connector)
+
+
 def test_loaded_models_are_taken_as_sources_without_a_record(tiny_clip, tiny_clap):
     clip = CLIPModel.from_pretrained(tiny_clip)
     model = CMCRModel.from_sources_pretrained(clip, tiny_clap)

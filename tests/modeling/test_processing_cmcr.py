@@ -1,4 +1,5 @@
 import io
+import shutil
 import socket
 import warnings
 from collections.abc import Callable
@@ -101,6 +102,13 @@ def fused_mel(processor: CMCRProcessor, waveform: np.ndarray) -> np.ndarray:
 
 
 # Text
+
+
+def test_a_missing_second_tokenizer_is_an_error_and_not_the_first_one(tiny_clip, tiny_clap, tmp_path):
+    CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "clap_tokenizer")
+    with pytest.raises(ValueError, match="has no folder 'clap_tokenizer'"):
+        CMCRProcessor.from_pretrained(tmp_path)
 
 
 def test_each_source_is_read_at_its_own_revision(tiny_clip, tiny_clap, monkeypatch):
