@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .training.recipe import DataSpec, load_recipe, recipe_names
@@ -33,14 +36,24 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     try:
         arguments.run(arguments)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         # One line, also of the paragraphs that some libraries raise.
-        print(f"cmcr {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split()) or type(error).__name__
+        if _is_disk_full(error):
+            place = f" for {arguments.output}" if arguments.output is not None else ""
+            text = f"No space left{place}: free space and run again. ({text})"
+        print(f"cmcr {arguments.command}: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ncmcr {arguments.command}: stopped. Run the same command to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors and torch tell a full disk by their texts alone.
+    texts = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in texts)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -81,10 +94,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.retrain is not None:
         from .demo.retrain import retrain
 
+        arguments.output = arguments.retrain
         print(json.dumps(retrain(arguments.retrain, seed=arguments.seed), indent=2))
         return
     from .demo.run import run_demo
+    from .output import check_output
 
+    check_output(arguments.output, load_recipe("demo"))
     run_demo(arguments.output, seeds=arguments.seeds, derangements=arguments.derangements)
 
 
@@ -114,10 +130,16 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _connect(arguments: argparse.Namespace) -> None:
     from .connect import connect
     from .evaluation.connection import format_table
+    from .output import check_output
 
     recipe = load_recipe(arguments.recipe)
-    folder = arguments.output or Path("runs") / recipe.name
+    folder = arguments.output = arguments.output or Path("runs") / recipe.name
+    # Before the world, which is written into the same folder.
+    check_output(folder, recipe)
     data = arguments.data
+    words = ["cmcr", "connect", _shown(arguments.recipe)]
+    if data is not None:
+        words += ["--data", _shown(data)]
     if data is None and recipe.world is not None:
         from .demo.world import write_world
 
@@ -126,9 +148,22 @@ def _connect(arguments: argparse.Namespace) -> None:
         beside = Path(arguments.recipe)
         data = beside.parent if beside.is_file() else Path()
     device = _device(arguments.device)
-    connection = connect(recipe, folder, data, device=device, batch_size=arguments.batch_size, report=print)
+    connection = connect(
+        recipe,
+        folder,
+        data,
+        device=device,
+        batch_size=arguments.batch_size,
+        report=print,
+        command=shlex.join(words),
+    )
     if connection.table is not None:
         print(format_table(connection.table))
+
+
+def _shown(path: str | Path) -> str:
+    """Return a path as it was given, an absolute one without what it tells of a machine."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -157,11 +192,15 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from .connect import write_json
     from .evaluation.connection import chance_metrics, format_table, retrieval_metrics
+    from .output import check_writable, write_json
     from .training.data import Items
     from .training.embed import encode_items
 
+    if arguments.output is not None:
+        if arguments.output.is_dir():
+            raise ValueError(f"{arguments.output} is a folder, expected a file for --output. Name a JSON file in it.")
+        check_writable(arguments.output.parent)
     device = _device(arguments.device)
     sides = {"image": arguments.images, "audio": arguments.audio}
     items = {
@@ -222,17 +261,24 @@ def _device(name: str | None) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
 
 
 if __name__ == "__main__":

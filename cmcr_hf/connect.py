@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,29 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .conversion.hub import model_card
 from .evaluation.connection import Metrics, RetrievalSet, baseline_metrics, check_classes, connector_metrics
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from .modeling.processing_cmcr import CMCRProcessor
+from .output import (
+    STAGE,
+    check_output,
+    damaged,
+    locked,
+    remove_evaluation,
+    save,
+    write_cards,
+    write_json,
+)
 from .training.aggregate import aggregate
 from .training.data import Items
 from .training.embed import embed, source_record
-from .training.recipe import EvaluateSpec, Recipe, TrainSpec
+from .training.recipe import EvaluateSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
 from .training.train import ConnectorTrainingArguments, train_connector
 
-STAGE = "stage.json"
 # Native pair first, then the pseudo pair: the order in which the training script reports them.
 TRAINING_STORES = ("stores/clip-text", "stores/clap-text", "pseudo/clip-image", "pseudo/clap-audio")
 
@@ -61,25 +70,31 @@ def connect(
     device: str = "cpu",
     batch_size: int = 32,
     report: Callable[[str], None] = lambda line: None,
+    command: str | None = None,
 ) -> Connection:
     """Connect two spaces as a recipe says, in a folder of their own.
 
     Written below `folder`: `stores/` and `pseudo/` (embeddings), `train/` (checkpoints and log), `connector/` (the
     trained part alone), `model/` (everything, for `CMCRModel.from_pretrained`), `evaluation.json`. Run it again to go
-    on where it was stopped.
+    on where it was stopped. One run at a time may use the folder.
 
     Args:
         data_root: folder that the recipe's relative paths are relative to.
         batch_size: items embedded at once.
         report: takes a line about each stage.
+        command: what the model card names as the way to make its results; `cmcr connect NAME` for a recipe of the
+            package.
 
     Raises:
-        ValueError: bad recipe or data, or `folder` holds results of other inputs; names the place and the remedy.
+        ValueError: bad recipe or data, or `folder` holds results of other inputs or files of somebody else, cannot be
+            written or is in use; names the place and the remedy.
     """
     folder, data_root = Path(folder), Path(data_root)
+    check_output(folder, recipe)
     # All data and classes first: what is wrong with them should not be found behind hours of work.
     data = {modality: Items(getattr(recipe, modality), modality, data_root) for modality in ("text", "image", "audio")}
     held_back, labels = _held_back(recipe.evaluate, data_root)
+    _check_training(recipe, len(data["text"]))
     sources = recipe.sources
     report(f"sources: {sources['clip'].id} (CLIP), {sources['clap'].id} (CLAP)")
     model = _load_sources(recipe)
@@ -117,46 +132,85 @@ def connect(
             done(f"{store.rows} texts over {memory.rows} {memory.modality} items in {store.folder}")
         return store
 
-    text_clip = embedded("clip-text", "clip", data["text"])
-    text_clap = embedded("clap-text", "clap", data["text"])
-    image = embedded("clip-image", "clip", data["image"])
-    audio = embedded("clap-audio", "clap", data["audio"])
-    stores = [text_clip, text_clap, aggregated(text_clip, image), aggregated(text_clap, audio)]
-    trained = _train(recipe, model.config, stores, folder / "train", device, report)
-    model.connector.load_state_dict(trained.state_dict())
+    with locked(folder):
+        text_clip = embedded("clip-text", "clip", data["text"])
+        # A streamed data set tells its number of texts only now.
+        _check_training(recipe, text_clip.rows)
+        text_clap = embedded("clap-text", "clap", data["text"])
+        image = embedded("clip-image", "clip", data["image"])
+        audio = embedded("clap-audio", "clap", data["audio"])
+        stores = [text_clip, text_clap, aggregated(text_clip, image), aggregated(text_clap, audio)]
+        trained = _train(recipe, model.config, stores, folder / "train", device, report)
+        model.connector.load_state_dict(trained.state_dict())
 
-    with _stage("save", report) as done:
-        kept = "kept, in " if _save(model, processor, folder) else ""
-        done(f"{kept}{folder / 'model'} (everything) and {folder / 'connector'} (projectors alone)")
-    items = table = None
-    if held_back:
-        items = RetrievalSet(
-            audio=embedded("evaluate-clap-audio", "clap", held_back["audio"]).tensor(),
-            image=embedded("evaluate-clip-image", "clip", held_back["image"]).tensor(),
-            audio_labels=labels["audio"],
-            image_labels=labels["image"],
-            text_clap=text_clap.tensor(),
-            text_clip=text_clip.tensor(),
-        )
-        if "names" in held_back:
-            items.names_clap = embedded("evaluate-clap-names", "clap", held_back["names"]).tensor()
-            items.names_clip = embedded("evaluate-clip-names", "clip", held_back["names"]).tensor()
-        with _stage("evaluate", report) as done:
-            table = {**baseline_metrics(items), "C-MCR": connector_metrics(model.connector, items)}
-            write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
-            done(f"{len(items.audio)} clips x {len(items.image)} images in {folder / 'evaluation.json'}")
-    card = _card(recipe, model.config, data, table)
-    for name in ("model", "connector"):
-        _write_text(folder / name / "README.md", card)
+        with _stage("save", report) as done:
+            kept = "kept, in " if save(model, processor, folder) else ""
+            done(f"{kept}{folder / 'model'} (everything) and {folder / 'connector'} (projectors alone)")
+        items = table = None
+        if not held_back:
+            remove_evaluation(folder / "evaluation.json")
+        else:
+            items = RetrievalSet(
+                audio=embedded("evaluate-clap-audio", "clap", held_back["audio"]).tensor(),
+                image=embedded("evaluate-clip-image", "clip", held_back["image"]).tensor(),
+                audio_labels=labels["audio"],
+                image_labels=labels["image"],
+                text_clap=text_clap.tensor(),
+                text_clip=text_clip.tensor(),
+            )
+            if "names" in held_back:
+                items.names_clap = embedded("evaluate-clap-names", "clap", held_back["names"]).tensor()
+                items.names_clip = embedded("evaluate-clip-names", "clip", held_back["names"]).tensor()
+            with _stage("evaluate", report) as done:
+                table = {**baseline_metrics(items), "C-MCR": connector_metrics(model.connector, items)}
+                write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
+                done(f"{len(items.audio)} clips x {len(items.image)} images in {folder / 'evaluation.json'}")
+        write_cards(folder, _card(recipe, model.config, data, table, command), report)
     return Connection(recipe, folder, model, items, table)
 
 
-def _card(recipe: Recipe, config: CMCRConfig, data: dict[str, Items], table: dict[str, Metrics] | None) -> str:
+def _check_training(recipe: Recipe, rows: int) -> None:
+    """Check what would stop the training behind all embedding; 0 rows are a number that is not known yet."""
+    spec, objective = recipe.train, recipe.connector.get("objective", "c-mcr")
+    if objective != "c-mcr":
+        raise ValueError(
+            f"connector.objective is {objective!r}, expected 'c-mcr', the only one that trains. Remove it."
+        )
+    if spec.seed >= 2**32:
+        raise ValueError(f"train.seed is {spec.seed}, expected less than 2 ** 32. Lower it in the recipe.")
+    if spec.batch_size < 2:
+        raise ValueError(
+            f"train.batch_size is {spec.batch_size}, expected at least 2: the loss compares the rows of a batch. "
+            "Raise it in the recipe."
+        )
+    if rows and spec.batch_size > rows - spec.validation_rows:
+        raise ValueError(
+            f"train.batch_size is {spec.batch_size}, expected at most the {max(rows - spec.validation_rows, 0)} "
+            f"training rows ({rows} texts less {spec.validation_rows} of train.validation_rows). Lower either in the "
+            "recipe, or add texts."
+        )
+
+
+def _shown(name: str) -> str:
+    """Return the name of a data entry without what a path tells of a machine."""
+    path = Path(name)
+    return path.name if path.is_absolute() or ".." in path.parts else name
+
+
+def _card(
+    recipe: Recipe,
+    config: CMCRConfig,
+    data: dict[str, Items],
+    table: dict[str, Metrics] | None,
+    command: str | None,
+) -> str:
     """Return the text of the model card: sources, data and settings of the recipe, and the table if there is one."""
+    if command is None and recipe.name in recipe_names() and load_recipe(recipe.name) == recipe:
+        command = f"cmcr connect {recipe.name}"
     roles = {"text": "the texts that connect", "image": "image memory", "audio": "audio memory"}
     entries = [
         {
-            "name": spec.dataset or spec.folder or spec.table,
+            "name": _shown(spec.dataset or spec.folder or spec.table or ""),
             "role": roles[modality],
             "rows": len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit,
             "licence": spec.licence,
@@ -188,7 +242,7 @@ def _card(recipe: Recipe, config: CMCRConfig, data: dict[str, Items], table: dic
         training_data=entries,
         training=settings,
         results=results,
-        evaluation_command=f"cmcr connect {recipe.name}" if results else None,
+        evaluation_command=command if results else None,
         synthetic_note="all data, and all that the encoders were trained on." if recipe.world is not None else None,
     )
     return str(card)
@@ -282,21 +336,28 @@ def _train(
     state = folder / STAGE
     with _stage("train", report) as done:
         if state.is_file():
-            found = json.loads(state.read_text(encoding="utf-8"))
+            try:
+                document = json.loads(state.read_text(encoding="utf-8"))
+                found, complete = {part: dict(document["key"][part]) for part in key}, document["complete"] is True
+            except (ValueError, KeyError, TypeError) as error:
+                raise damaged(state, error, f"Delete the folder {folder}") from error
             differing = [
                 f"{part}.{name}"
                 for part, values in key.items()
-                for name in sorted({*values, *found["key"][part]})
-                if found["key"][part].get(name) != values.get(name)
+                for name in sorted({*values, *found[part]})
+                if found[part].get(name) != values.get(name)
             ]
-            if differing:
+            # A run that ended before its first checkpoint has nothing to lose to a corrected recipe.
+            begun = complete or any(path.name not in (STAGE, f".{STAGE}.tmp") for path in folder.iterdir())
+            if differing and begun:
                 raise ValueError(
                     f"{folder} holds a training run with other {', '.join(differing)}. Use another output folder, or "
                     "delete this one."
                 )
-            if found["complete"]:
+            if complete:
+                connector = _load_connector(folder / "connector", f"Delete the folder {folder}")
                 done(f"kept, in {folder}")
-                return CMCRConnector.from_pretrained(folder / "connector")
+                return connector
         elif folder.exists() and any(path.name != f".{STAGE}.tmp" for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no training run. Use another output folder, or delete this one."
@@ -306,8 +367,9 @@ def _train(
         args = training_arguments(spec, folder, device)
         args.resume_from_checkpoint = _last_checkpoint(folder)
         embeds = {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+        # Trainer writes into the configuration it is given, so a run that is kept would save another one.
         connector, history = train_connector(
-            config, embeds, args, validation_rows=spec.validation_rows, log_lines=False
+            deepcopy(config), embeds, args, validation_rows=spec.validation_rows, log_lines=False
         )
         connector.save_pretrained(folder / "connector")
         write_json(folder / "log.json", {"history": history})
@@ -316,6 +378,23 @@ def _train(
         losses = ", ".join(f"{name} {terms[name]:.3f}" for name in ("loss", "loss_overlap", "loss_leaf", "loss_intra"))
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")
         return connector
+
+
+def _load_connector(folder: Path, remedy: str) -> CMCRConnector:
+    try:
+        return CMCRConnector.from_pretrained(folder)
+    # A file that is cut off or gone, or, deep inside, a configuration of the wrong shape.
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:
+        raise damaged(folder, error, remedy) from error
 
 
 def training_arguments(spec: TrainSpec, folder: Path, device: str) -> ConnectorTrainingArguments:
@@ -342,46 +421,6 @@ def _last_checkpoint(folder: Path) -> str | None:
         except (FileNotFoundError, json.JSONDecodeError):
             shutil.rmtree(checkpoint)
     return None
-
-
-def _save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
-    """Write the full model and the connector alone, each under a temporary name first; keep what is up to date."""
-    weights = hashlib.sha256()
-    for name, tensor in model.connector.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
-    key = {"connector": weights.hexdigest(), "sources": model.config.sources}
-    state = folder / "saved.json"
-    parts = {"connector": model.connector, "model": model}
-    present = all((folder / name / SAFE_WEIGHTS_NAME).is_file() for name in parts)
-    if present and state.is_file() and json.loads(state.read_text(encoding="utf-8")) == key:
-        return True
-    for name, part in parts.items():
-        temporary, old = folder / f".{name}.tmp", folder / f".{name}.old"
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        if (folder / name).exists():
-            (folder / name).rename(old)
-        temporary.rename(folder / name)
-        shutil.rmtree(old, ignore_errors=True)
-    write_json(state, key)
-    return False
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all, in a folder that is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @contextmanager

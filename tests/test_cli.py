@@ -1,5 +1,8 @@
+import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from cmcr_hf.cli import main
@@ -104,7 +108,8 @@ def test_the_help_of_every_command_names_its_defaults(capsys, command, expected)
         (["evaluate", "--model", "m"], "the following arguments are required: --images, --audio"),
         (["connect", "demo", "--batch-size", "0"], "expected at least 1, got 0"),
         (["demo", "--derangements", "-1"], "expected 0 or more, got -1"),
-        (["demo", "--seeds", "three"], "invalid"),
+        (["demo", "--seeds", "three"], "argument --seeds: expected a whole number, got 'three'"),
+        (["connect", "demo", "--batch-size", "abc"], "argument --batch-size: expected a whole number, got 'abc'"),
     ],
 )
 def test_wrong_arguments_end_with_status_2(capsys, arguments, expected):
@@ -198,7 +203,86 @@ def test_connect_stopped_by_the_user_says_how_to_go_on(recipe, tmp_path, capsys,
     assert "Run the same command to go on." in complaint(capsys)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_card_has_the_command_as_it_was_given_without_absolute_paths(recipe, tmp_path, monkeypatch, absolute):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    recipe.rename(tmp_path / "recipes" / "my tiny.yaml")
+    root = tmp_path if absolute else Path()
+    arguments = ["connect", str(root / "recipes" / "my tiny.yaml"), "--data", str(root), "--output", "out"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    expected = f"'my tiny.yaml' --data {tmp_path.name}" if absolute else "'recipes/my tiny.yaml' --data ."
+    assert f"cmcr connect {expected}\n" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4160 vs 4052"),
+    ],
+    ids=["system", "safetensors", "torch", "torch at the end of a file"],
+)
+def test_connect_names_the_folder_whose_disk_is_full(recipe, tmp_path, capsys, monkeypatch, error):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("cmcr_hf.connect.train_connector", full)
+    assert main(["connect", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert f"No space left for {tmp_path / 'out'}: free space and run again." in complaint(capsys)
+
+
+def test_an_error_of_torch_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def wrong(*arguments, **options):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("cmcr_hf.connect.train_connector", wrong)
+    assert main(["connect", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert complaint(capsys) == "cmcr connect: out of memory"
+
+
+def test_a_second_process_on_one_output_folder_is_refused(recipe, tmp_path, capsys):
+    code = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    output = tmp_path / "out"
+    output.mkdir()
+    first = [sys.executable, "-c", code, str(output / ".lock")]
+    arguments = ["connect", str(recipe), "--output", str(output), "--device", "cpu"]
+    with subprocess.Popen(first, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        assert main(arguments) == 1
+        assert f"cmcr connect: another run is using {output}" in complaint(capsys)
+        process.kill()
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("command", [["demo"], ["connect", "demo"]])
+def test_an_output_that_is_a_file_is_named_before_the_world_is_written(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("mine")
+    assert main([*command, "--output", str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'} is a file, expected a folder" in complaint(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # cmcr evaluate
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"), [("photos", "photos is a folder, expected a file"), ("note/m.json", "note is a file")]
+)
+def test_evaluate_refuses_an_output_it_cannot_write_before_it_loads_the_model(data, capsys, output, expected):
+    (data / "note").write_text("mine")
+    assert evaluate("no/model", data, "--label", "stem", "--output", str(data / output)) == 1
+    assert expected in complaint(capsys)
 
 
 @pytest.mark.parametrize("part", ["model", "connector"])

@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cmcr_hf import connect as walk
-from cmcr_hf.connect import connect, write_json
+from cmcr_hf import output
+from cmcr_hf.connect import connect
 from cmcr_hf.evaluation.connection import connector_metrics
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+from cmcr_hf.output import write_json
 from cmcr_hf.training import embed as embedding
-from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec
+from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec, load_recipe
 from cmcr_hf.training.store import EmbeddingStore
 
 KINDS = ("dog", "cat", "bell")
@@ -127,7 +129,7 @@ def test_the_walk_leaves_stores_pseudo_pairs_a_connector_a_model_and_the_metrics
         "evaluate-clap-names": (3, 16),
     }
     assert stores["clip-text"].keys() == stores["clap-text"].keys()
-    assert not any(path.name.startswith(".") for path in folder.iterdir())
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
     saved = json.loads((folder / "evaluation.json").read_text())
     assert saved == {"recipe": "tiny", "metrics": finished.table}
 
@@ -202,7 +204,10 @@ STOPS = {
     "model folder": (CMCRProcessor, "save_pretrained", 1),
     "evaluation store": (embedding, "encode", 5),
     "evaluation": (walk, "baseline_metrics", 0),
-    "evaluation file": (walk, "write_json", 4),
+    "record of the saved folders": (output, "write_json", 1),
+    "evaluation file": (walk, "write_json", 3),
+    "second card": (output, "_write_text", 7),
+    "record of the cards": (output, "write_json", 2),
 }
 
 
@@ -261,7 +266,7 @@ def test_a_run_killed_while_it_wrote_its_first_state_goes_on(recipe, data, tmp_p
         ({"aggregate_temperature": 0.1}, "pseudo/clip-image holds other embeddings"),
         (
             {"text": [DataSpec(table="texts.csv", limit=8)]},
-            "stores/clip-text holds other embeddings: data_fingerprint",
+            "stores/clip-text holds other embeddings: .*data_fingerprint",
         ),
     ],
 )
@@ -277,7 +282,7 @@ def test_changed_data_is_refused_and_nothing_is_lost(recipe, data, copy, tmp_pat
     changed = Path(shutil.copytree(data, tmp_path / "changed", copy_function=shutil.copy2))
     (changed / name).write_bytes((changed / name).read_bytes() + b"0")
     before = content(copy)
-    with pytest.raises(ValueError, match="holds other embeddings: data_fingerprint"):
+    with pytest.raises(ValueError, match=r"holds other embeddings: .*data_fingerprint"):
         connect(recipe, copy, changed)
     assert content(copy) == before
 
@@ -349,10 +354,56 @@ def test_classes_are_read_once_and_belong_to_the_embedded_items(recipe, data, tm
     assert len(specs) == len(set(specs)) == 6
 
 
-def test_fewer_texts_than_a_batch_are_refused(recipe, data, copy):
-    shutil.rmtree(copy / "train")
-    with pytest.raises(ValueError, match=r"Expected at least one batch of 64 training rows, got 12"):
-        connect(replace(recipe, train=TrainSpec(epochs=1, batch_size=64)), copy, data)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": TrainSpec(batch_size=64)}, r"train.batch_size is 64, expected at most the 12 training rows"),
+        (
+            {"train": TrainSpec(batch_size=4, validation_rows=9)},
+            r"train.batch_size is 4, expected at most the 3 training rows \(12 texts less 9 of train.validation_rows",
+        ),
+        ({"train": TrainSpec(batch_size=4, validation_rows=99)}, "expected at most the 0 training rows"),
+        ({"train": TrainSpec(batch_size=1)}, "train.batch_size is 1, expected at least 2"),
+        ({"train": TrainSpec(batch_size=4, seed=2**32)}, "train.seed is 4294967296, expected less than"),
+        ({"connector": {"objective": "clip"}}, "connector.objective is 'clip', expected 'c-mcr'"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_computed(
+    recipe, data, tmp_path, monkeypatch, changes, expected
+):
+    monkeypatch.setattr(CMCRModel, "from_sources_pretrained", fails)
+    with pytest.raises(ValueError, match=expected):
+        connect(replace(recipe, **changes), tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_streamed_texts_are_refused_before_the_training(recipe, data, tmp_path, monkeypatch):
+    # A streamed data set does not tell its length.
+    monkeypatch.setattr(walk.Items, "__len__", lambda items: 0)
+    monkeypatch.setattr(walk, "train_connector", fails)
+    with pytest.raises(ValueError, match=r"train.batch_size is 64, expected at most the 12 training rows"):
+        connect(replace(recipe, train=TrainSpec(batch_size=64)), tmp_path / "run", data)
+    assert not (tmp_path / "run" / "train").exists()
+
+
+def test_a_training_that_never_began_gives_way_to_a_corrected_recipe(recipe, data, tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        raises_once(patch, walk, "train_connector")
+        with pytest.raises(KeyboardInterrupt):
+            connect(replace(recipe, train=TrainSpec(epochs=3, batch_size=4, seed=7)), tmp_path / "run", data)
+    assert [path.name for path in (tmp_path / "run" / "train").iterdir()] == [walk.STAGE]
+    connect(recipe, tmp_path / "run", data)
+    assert equal(weights(tmp_path / "run"), weights(finished.folder))
+
+
+def test_a_training_with_a_checkpoint_does_not_give_way(recipe, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_once(patch, CMCRConnector, "forward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            connect(recipe, tmp_path / "run", data)
+    with pytest.raises(ValueError, match=r"holds a training run with other train\.seed"):
+        connect(replace(recipe, train=replace(recipe.train, seed=7)), tmp_path / "run", data)
+    assert (tmp_path / "run" / "train" / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -372,7 +423,7 @@ def test_a_wrong_connector_section_is_refused(recipe, data, tmp_path, changes, e
 
 def test_swapped_sources_are_refused_before_anything_is_embedded(recipe, data, tmp_path):
     swapped = {"clip": recipe.sources["clap"], "clap": recipe.sources["clip"]}
-    with pytest.raises(ValueError, match=r"The clip source .* is a ClapModel, which embeds no image"):
+    with pytest.raises(ValueError, match=r"The clip source .*is a ClapModel, which .*embed.* image"):
         connect(replace(recipe, sources=swapped), tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
 
@@ -404,3 +455,149 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 0.5}
+
+
+@pytest.mark.parametrize("name", ["model", "connector"])
+def test_folders_of_somebody_else_are_refused_before_anything_is_embedded(recipe, data, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(CMCRModel, "from_sources_pretrained", fails)
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=rf"run/{name} would be replaced, but no saved.json beside it"):
+        connect(recipe, tmp_path / "run", data)
+    assert content(tmp_path / "run") == {f"{name}/thesis.txt": b"mine"}
+
+
+def test_files_of_somebody_else_outlive_a_folder_that_is_saved_again(recipe, data, copy):
+    (copy / "model" / "notes").mkdir()
+    (copy / "model" / "notes" / "a.txt").write_text("mine")
+    (copy / "model" / "config.json").unlink()
+    connect(recipe, copy, data)
+    assert (copy / "model" / "notes" / "a.txt").read_text() == "mine"
+    assert (copy / "model" / "config.json").is_file()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b""), cut, Path.unlink], ids=["empty", "cut", "gone"]
+)
+@pytest.mark.parametrize(
+    "name", ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "connector/model.safetensors"]
+)
+def test_a_damaged_file_of_a_saved_folder_is_written_again(recipe, data, finished, copy, name, damage):
+    damage(copy / name)
+    lines = []
+    connect(recipe, copy, data, report=lines.append)
+    assert (copy / name).read_bytes() == (finished.folder / name).read_bytes()
+    assert not any(line.startswith("save: kept") for line in lines)
+
+
+def test_an_edited_card_is_kept_and_said_to_be(recipe, data, finished, copy):
+    (copy / "model" / "README.md").write_text("my card")
+    lines = []
+    connect(replace(recipe, licence="mit"), copy, data, report=lines.append)
+    assert (copy / "model" / "README.md").read_text() == "my card"
+    assert "license: mit" in (copy / "connector" / "README.md").read_text()
+    assert [line for line in lines if line.startswith("card: ")] == [
+        f"card: kept the edited {copy / 'model' / 'README.md'}"
+    ]
+
+
+def test_the_card_names_the_command_it_is_given_and_no_absolute_path(recipe, data, copy):
+    moved = replace(recipe, image=[DataSpec(folder=str(data / "images"))], evaluate=None)
+    assert "cmcr connect" not in (copy / "model" / "README.md").read_text()
+    shutil.rmtree(copy)
+    connect(replace(moved, evaluate=recipe.evaluate), copy, data, command="cmcr connect mine.yaml")
+    card = (copy / "model" / "README.md").read_text()
+    assert "cmcr connect mine.yaml\n" in card
+    assert "| images | image memory |" in card
+    assert str(data) not in card
+
+
+def test_only_an_unchanged_recipe_of_the_package_is_named_as_the_command(finished):
+    demo = load_recipe("demo")
+    data = {modality: getattr(finished.recipe, modality) for modality in ("text", "image", "audio")}
+    for recipe, expected in ((demo, True), (replace(demo, aggregate_temperature=0.5), False)):
+        card = walk._card(recipe, finished.model.config, data, finished.table, None)
+        assert ("cmcr connect demo\n" in card) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 5}', '{"key": {"stores": 1}}'])
+def test_a_damaged_state_of_the_training_is_named(recipe, data, copy, text):
+    (copy / "train" / walk.STAGE).write_text(text)
+    with pytest.raises(
+        ValueError, match=r"train/stage.json is damaged: .*\. Delete the folder .*/train and run again"
+    ):
+        connect(recipe, copy, data)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"connector": "", "files": 5}'])
+def test_a_damaged_record_of_the_saved_folders_is_named_and_its_remedy_works(recipe, data, finished, copy, text):
+    (copy / output.SAVED).write_text(text)
+    with pytest.raises(ValueError, match=r"saved.json is damaged: .* Delete it and the folders connector and model"):
+        connect(recipe, copy, data)
+    (copy / output.SAVED).unlink()
+    for name in output.PARTS:
+        shutil.rmtree(copy / name)
+    connect(recipe, copy, data)
+    assert equal(weights(copy), weights(finished.folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.safetensors", ""),
+        ("config.json", ""),
+        ("config.json", "[]"),
+        ("config.json", '{"projectors": 5}'),
+        ("config.json", '{"model_type": "cmcr", "overlap_temperature": -1}'),
+    ],
+)
+def test_a_damaged_trained_connector_is_named_and_its_remedy_works(recipe, data, finished, copy, name, text):
+    (copy / "train" / "connector" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"train/connector is damaged: .* Delete the folder .*/train and run again"):
+        connect(recipe, copy, data)
+    shutil.rmtree(copy / "train")
+    connect(recipe, copy, data)
+    assert equal(weights(copy), weights(finished.folder))
+
+
+def test_a_damaged_world_is_named(recipe, data, tmp_path):
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "world.json").write_text("{")
+    with pytest.raises(ValueError, match=r"world.json is damaged: .* Delete the folder .*/world and run again"):
+        connect(replace(recipe, world={"images": 1}), tmp_path, data)
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_is_a_file_is_named(recipe, data, tmp_path, output):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"/file is a file, expected a folder"):
+        connect(recipe, tmp_path / output, data)
+
+
+def test_an_output_that_cannot_be_written_is_named(recipe, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(output.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=f"The folder {tmp_path} cannot be written"):
+        connect(recipe, tmp_path / "run" / "below", data)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(recipe, data, copy):
+    with output.locked(copy), pytest.raises(ValueError, match=f"another run is using {copy}"):
+        connect(recipe, copy, data)
+    connect(recipe, copy, data)
+
+
+def test_metrics_of_a_former_run_do_not_outlive_the_evaluate_section(recipe, data, copy):
+    connect(replace(recipe, evaluate=None), copy, data)
+    assert not (copy / "evaluation.json").exists()
+    assert "No evaluation is recorded" in (copy / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"mine": 1}', "[1]", "5", "notes"])
+def test_an_evaluation_file_of_somebody_else_is_left_alone(recipe, data, copy, text):
+    (copy / "evaluation.json").write_text(text)
+    connect(replace(recipe, evaluate=None), copy, data)
+    assert (copy / "evaluation.json").read_text() == text

@@ -12,9 +12,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.trainer_utils import IntervalStrategy
 
-from ..connect import Connection, connect, training_arguments, write_json
+from ..connect import Connection, connect, training_arguments
 from ..evaluation.baselines import derange_by_name
 from ..evaluation.connection import Metrics, connector_metrics, format_table, mean_and_spread
+from ..output import write_json
 from ..training.recipe import load_recipe
 from ..training.train import train_connector
 from .world import write_world

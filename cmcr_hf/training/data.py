@@ -231,7 +231,16 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
         )
     paths = sorted(folder.glob(spec.pattern or "**/*"))
     if not spec.pattern:
-        paths = [path for path in paths if path.suffix.lower() in SUFFIXES[modality]]
+        # Dot files are no items of anybody's: macOS leaves a ._dog.jpg beside dog.jpg on other file systems.
+        paths = [
+            path
+            for path in paths
+            if path.suffix.lower() in SUFFIXES[modality]
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"The link {path} leads to a file that is not there. Repair or remove it.")
     return [
         Item(
             path.relative_to(folder).as_posix(),
@@ -245,7 +254,7 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
 
 def _read_table(spec: DataSpec, modality: str, root: Path) -> list[Item]:
     path = root / str(spec.table)
-    columns = _load_table(path)
+    columns = load_table(path)
     wanted = spec.column if isinstance(spec.column, list) else [spec.column or next(iter(columns))]
     for column in [*wanted, *([spec.label] if spec.label else []), *(spec.where or {})]:
         if column not in columns:
@@ -284,7 +293,7 @@ def _text(spec: DataSpec, cell: Any, key: str) -> str:
     return str(cell) if spec.template is None else spec.template.replace("{}", str(cell))
 
 
-def _load_table(path: Path) -> dict[str, list[Any]]:
+def load_table(path: Path) -> dict[str, list[Any]]:
     """Read a table as columns of equal length, at least one."""
     readers = {
         ".txt": _read_lines,
@@ -303,10 +312,12 @@ def _load_table(path: Path) -> dict[str, list[Any]]:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"Cannot read the table {path}: {reason}. Check the path and the data root.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The table {path} is not UTF-8. Save it as UTF-8.") from error
     except (
         ValueError,
         csv.Error,
-    ) as error:  # JSONDecodeError, UnicodeDecodeError and pyarrow's ArrowInvalid are ValueErrors
+    ) as error:  # JSONDecodeError and pyarrow's ArrowInvalid are ValueErrors
         raise ValueError(f"Cannot read the table {path}: {error}.") from error
     return columns
 
@@ -357,6 +368,8 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
                     raise ValueError(f"expected {len(names)} cells, got {len(cells)}")
                 for name, cell in zip(names, cells, strict=True):
                     columns[name].append(cell)
+        except UnicodeDecodeError:
+            raise  # The file is decoded in blocks, ahead of the line that is read.
         except (csv.Error, ValueError) as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
     return columns

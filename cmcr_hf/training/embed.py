@@ -19,8 +19,8 @@ from ..modeling.processing_cmcr import CMCRProcessor
 from .data import Item, Items
 from .store import EmbeddingStore
 
-# The same for every batch size, so that a run may go on with another one.
-SHARD_ROWS = 65536
+# What an interruption may lose at most, in rows. The same for every batch size, so that a run may go on with another.
+SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024}
 # Weights of one file, of shards or of an older format; configurations, tokenizers and their vocabularies.
 SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt")
 
@@ -73,7 +73,7 @@ def embed(
         source=record,
         dim=dim,
         data_fingerprint=items.fingerprint,
-        shard_rows=SHARD_ROWS,
+        shard_rows=SHARD_ROWS[items.modality],
     )
     if store.complete:
         return store
@@ -83,7 +83,7 @@ def embed(
     row = store.rows
     name = f"{space} {items.modality}"
     with tqdm(total=len(items) or None, initial=row, desc=name, unit="item", disable=not progress) as bar:
-        while batch := list(itertools.islice(rest, min(batch_size, SHARD_ROWS - row % SHARD_ROWS))):
+        while batch := list(itertools.islice(rest, min(batch_size, store.shard_rows - row % store.shard_rows))):
             try:
                 embeds = encode(source, processor, space, items.modality, [item.value for item in batch])
             except ValueError as error:

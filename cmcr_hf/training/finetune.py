@@ -22,8 +22,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
-from .data import Items
-from .recipe import DataSpec
+from .data import load_table
+from .train import run_script
 
 
 @dataclass
@@ -63,19 +63,27 @@ class PairDataset(Dataset[dict[str, Any]]):
     """Rows `{modality: file or text}` of a table of pairs."""
 
     def __init__(self, table: str, columns: dict[str, str]) -> None:
-        path = Path(table).resolve()
-        items = {
-            modality: list(Items([DataSpec(table=path.name, column=column)], modality, path.parent))
-            for modality, column in columns.items()
-        }
-        rows = {modality: len(values) for modality, values in items.items()}
-        if len(rows) < 2:
-            raise ValueError(f"Expected at least two of image, audio and text columns, got {list(columns)}.")
-        if len(set(rows.values())) != 1:
-            raise ValueError(f"Expected every row of {table} to be complete, got {rows} filled cells.")
-        self.rows = [
-            dict(zip(items, (item.value for item in row), strict=True)) for row in zip(*items.values(), strict=True)
-        ]
+        if len(columns) < 2:
+            raise ValueError(f"Expected at least two of image, audio and text columns, got {list(columns.values())}.")
+        path = Path(table)
+        cells = load_table(path)
+        for column in columns.values():
+            if column not in cells:
+                raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(cells)}.")
+        self.rows = []
+        for index in range(len(next(iter(cells.values())))):
+            row = {modality: cells[column][index] for modality, column in columns.items()}
+            for modality, value in row.items():
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(
+                        f"Row {index + 1} of {path} has no {columns[modality]!r}. Fill the cell or drop the row: the "
+                        "cells of a row belong together."
+                    )
+                if modality != "text":
+                    row[modality] = path.parent / value
+                    if not row[modality].is_file():
+                        raise ValueError(f"Row {index + 1} of {path} names {row[modality]}, which is no file.")
+            self.rows.append(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,4 +136,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # About four times the rounding of one element in the half types: a vector may be normalised in them and then rounded.
 NORM_TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
 TEMPORARY = re.compile(r"(manifest\.json|shard-\d+\.(safetensors|keys\.parquet))\.tmp")
+WRITE_REMEDIES = {
+    errno.ENOSPC: "Free space and run again",
+    errno.EDQUOT: "Free space and run again",
+    errno.EROFS: "Make it writable or use another folder",
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,8 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Create a store to append to, or re-open the one of the same description, complete or not, at row `rows`.
 
-        Raises ValueError, and touches nothing, if the folder holds a store of another description or other files.
+        A store of another description without a single shard is replaced. Raises ValueError, and touches nothing, if
+        the folder holds one with shards or other files; OSError if the disk is full or not writable.
 
         Args:
             source: `id`, `revision` and `config_hash` of the encoder, as strings.
@@ -128,23 +136,22 @@ class EmbeddingStore:
         description = Description(space, modality, dict(source), dim, dtype, shard_rows, data_fingerprint)
         if (folder / MANIFEST).exists():
             found, shards, complete = _read_manifest(folder)
-            differences = [
-                f"{field.name} is {getattr(found, field.name)!r} there and {getattr(description, field.name)!r} here"
-                for field in fields(Description)
-                if getattr(found, field.name) != getattr(description, field.name)
-            ]
-            if differences:
-                listed = "; ".join(differences)
-                raise ValueError(f"{folder} holds other embeddings: {listed}. Use another folder or delete this one.")
-            store = cls(folder, description, shards, complete)
-            store._check_files()
-            _remove_temporary_files(folder)
-            return store
-        if folder.exists() and not folder.is_dir():
+            if found == description:
+                store = cls(folder, description, shards, complete)
+                store._check_files()
+                _remove_temporary_files(folder)
+                return store
+            if shards:
+                raise ValueError(
+                    f"{folder} holds other embeddings: {_difference(found, description)}. Use another folder or "
+                    "delete this one."
+                )
+        elif folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, expected a folder: use another path.")
-        if folder.exists() and any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
+        elif folder.exists() and any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no {MANIFEST}: use another folder or empty this one.")
-        folder.mkdir(parents=True, exist_ok=True)
+        with _named_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         _remove_temporary_files(folder)
         store = cls(folder, description, [], complete=False)
         store._commit([], complete=False)
@@ -330,6 +337,23 @@ class EmbeddingStore:
         return ValueError(f"{self.folder / name} {reason}: delete {self.folder} and run embed again.")
 
 
+def _difference(there: Description, here: Description) -> str:
+    differing = {
+        field.name: f"{_short(getattr(there, field.name))} there and {_short(getattr(here, field.name))} here"
+        for field in fields(Description)
+        if getattr(there, field.name) != getattr(here, field.name)
+    }
+    if list(differing) == ["data_fingerprint"]:
+        # A store that is computed from others has their digests and its settings in its fingerprint.
+        return f"the items have changed since (or what made them; data_fingerprint {differing['data_fingerprint']})"
+    return "; ".join(f"{name} is {values}" for name, values in differing.items())
+
+
+def _short(value: object) -> str:
+    """Return the repr of a value with its hashes cut to twelve digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1", repr(value))
+
+
 def _read_manifest(folder: Path) -> tuple[Description, list[Shard], bool]:
     path = folder / MANIFEST
     try:
@@ -407,18 +431,32 @@ def _import_parquet() -> tuple[Any, Any]:
 def _write_durably(path: Path, data: bytes) -> str:
     """Replace a file so that a kill leaves the old bytes or the new ones, and return the sha256 of the new ones."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # Other systems cannot open a folder to sync it.
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _named_write_errors(path.parent):
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # Other systems cannot open a folder to sync it.
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _named_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_REMEDIES:
+            raise
+        remedy = WRITE_REMEDIES[error.errno]
+        raise OSError(
+            f"Cannot write to {folder}: {error.strerror}. {remedy}: the shards that are written are kept."
+        ) from error
 
 
 def _remove_temporary_files(folder: Path) -> None:

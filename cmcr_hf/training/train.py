@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -34,7 +36,7 @@ from transformers import (
 )
 
 from ..evaluation.retrieval import pair_retrieval
-from ..modeling.configuration_cmcr import CMCRConfig
+from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .store import EmbeddingStore
 
@@ -59,6 +61,10 @@ class ConnectorTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
     logging_strategy: str = "epoch"
+    # A loss that is not finite is shown, not left out of the mean.
+    logging_nan_inf_filter: bool = False
+    # None, the default of TrainingArguments, hides the bar wherever warnings are hidden.
+    disable_tqdm: bool | None = False
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     report_to: str = "none"
@@ -69,7 +75,9 @@ class ConnectorArguments:
     """What to train on and how the connector looks."""
 
     stores: list[str] = field(
-        metadata={"help": "Embedding stores of row-aligned items: native overlap pairs and pseudo leaf pairs."}
+        metadata={
+            "help": "Embedding stores of row-aligned items, in any order: native overlap pair and pseudo leaf pair."
+        }
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
     connector_config: str | None = field(
@@ -139,6 +147,24 @@ class LossTermsCallback(TrainerCallback):
             self._sums, self._steps = {}, 0
 
 
+class DivergenceCallback(TrainerCallback):
+    """Stop a run at the first log with a loss or weights that are not finite: by default before they are saved."""
+
+    def __init__(self, connector: CMCRConnector) -> None:
+        self._connector = connector
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        spoilt = [name for name in ("loss", "train_loss") if not math.isfinite((logs or {}).get(name, 0.0))]
+        # The last step may spoil the weights behind a finite loss.
+        spoilt += [name for name, weights in self._connector.state_dict().items() if not weights.isfinite().all()]
+        if spoilt:
+            raise ValueError(
+                f"The training diverged at step {state.global_step} of {state.max_steps}: {spoilt[0]} is not finite. "
+                f"Lower the learning rate (it is {args.learning_rate:g}), and check noise_norm, the temperatures and "
+                "intra_weight."
+            )
+
+
 class TrainingBar(ProgressCallback):
     """The progress bar of Trainer without its lines of logs."""
 
@@ -177,9 +203,17 @@ def train_connector(
         log_lines: print a line a log; without, there is the progress bar alone (none under `disable_tqdm`).
 
     Raises:
-        ValueError: fewer rows than one batch, or stores that are not aligned.
+        ValueError: fewer rows than one batch, a batch of one, stores that are not aligned, or a loss or weights that
+            are not finite.
     """
     rows = len(next(iter(embeds.values())))
+    if not 0 <= validation_rows < rows:
+        raise ValueError(f"validation_rows is {validation_rows}, expected 0 or more and fewer than the {rows} rows.")
+    if args.per_device_train_batch_size < 2:
+        raise ValueError(
+            f"The batch size is {args.per_device_train_batch_size}, expected at least 2: BatchNorm and InfoNCE "
+            "compare the rows of a batch. Raise per_device_train_batch_size (train.batch_size in a recipe)."
+        )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) if validation_rows else torch.arange(rows)
     training = ConnectionDataset(
         embeds if not validation_rows else {name: tensor[order[validation_rows:]] for name, tensor in embeds.items()}
@@ -207,7 +241,7 @@ def train_connector(
         train_dataset=training,
         eval_dataset=held_out,
         compute_metrics=retrieval_metrics,
-        callbacks=[LossTermsCallback(connector)],
+        callbacks=[LossTermsCallback(connector), DivergenceCallback(connector)],
     )
     if not log_lines:
         trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -219,6 +253,37 @@ def train_connector(
     return connector.cpu().eval(), trainer.state.log_history
 
 
+def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict[str, EmbeddingStore]:
+    """Return stores as `{"{space}_{modality}": store}`: of each bridge the native pair first, then the pseudo pair.
+
+    Raises:
+        ValueError: a store is missing, there twice, of another space or width, or of another source than its space.
+    """
+    wanted = []
+    for space_a, space_b, overlap in config.bridges or []:
+        wanted += [(space_a, overlap), (space_b, overlap)]
+        wanted += [(space, LEAF_MODALITIES[space, overlap]) for space in (space_a, space_b)]
+    names = [f"{space}_{modality}" for space, modality in wanted]
+    given = [f"{store.space}_{store.modality}" for store in stores]
+    if not names or sorted(given) != sorted(set(names)):
+        expected = ", ".join(dict.fromkeys(names)) or "those of two spaces that a bridge connects"
+        raise ValueError(f"Expected one store each of {expected}, got {', '.join(given)}. Correct --stores.")
+    by_name = dict(zip(given, stores, strict=True))
+    sources: dict[str, dict[str, str]] = {}
+    for store in stores:
+        width = (config.projectors or {})[store.space]["input_dim"]
+        if store.dim != width:
+            raise ValueError(
+                f"{store.folder} holds rows of width {store.dim}, expected {width} for {store.space}. Embed them with "
+                "the source of the others, or correct the connector's configuration."
+            )
+        if sources.setdefault(store.space, store.source) != store.source:
+            raise ValueError(
+                f"{store.folder} comes from another source than the other store of {store.space}. Embed both with one."
+            )
+    return {name: by_name[name] for name in dict.fromkeys(names)}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script: parse, open the stores, train, save."""
     parser = HfArgumentParser(
@@ -228,15 +293,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, args = parser.parse_args_into_dataclasses(argv)
     stores = [EmbeddingStore.open(folder) for folder in arguments.stores]
-    embeds = {f"{store.space}_{store.modality}": store.tensor() for store in stores}
-    if arguments.connector_config is not None:
-        config = CMCRConfig.from_pretrained(arguments.connector_config)
-    else:
-        options = ("projection_dim", "noise_norm", "overlap_temperature", "leaf_temperature", "intra_weight")
-        config = CMCRConfig(
-            projectors={store.space: {"layout": arguments.layout, "input_dim": store.dim} for store in stores},
-            **{name: getattr(arguments, name) for name in options},
-        )
+    try:
+        if arguments.connector_config is not None:
+            config = CMCRConfig.from_pretrained(arguments.connector_config)
+        else:
+            options = ("projection_dim", "noise_norm", "overlap_temperature", "leaf_temperature", "intra_weight")
+            config = CMCRConfig(
+                projectors={store.space: {"layout": arguments.layout, "input_dim": store.dim} for store in stores},
+                **{name: getattr(arguments, name) for name in options},
+            )
+    except StrictDataclassError as error:
+        raise ValueError(f"The connector's configuration is not valid: {error.__cause__ or error}") from error
+    ordered = ordered_stores(stores, config)
+    sources = {store.space: {name: store.source[name] for name in ("id", "revision")} for store in stores}
+    # The name of a local folder does not tell where it lies; a Hub id, which has one slash, is found anywhere.
+    if all(source["id"].count("/") == 1 for source in sources.values()):
+        config.sources = sources
+    embeds = {name: store.tensor() for name, store in ordered.items()}
     connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
     connector.save_pretrained(args.output_dir)
     metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
@@ -244,5 +317,14 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(metrics, indent=2))
 
 
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main` and end with one line on standard error and exit status 1 where it finds a plain mistake."""
+    try:
+        main()
+    except (ValueError, ImportError, OSError) as error:
+        # One line, also of the paragraphs that some libraries raise.
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main)

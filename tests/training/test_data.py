@@ -53,6 +53,35 @@ def test_a_pattern_selects_files(pictures):
     assert [item.key for item in items] == ["b/dog.png"]
 
 
+def test_dot_files_are_passed_over_unless_a_pattern_names_them(pictures):
+    for name in ("a/._cat.jpeg", ".thumbnails/dog.png"):
+        write_image(pictures / "pictures" / name)
+    assert [item.key for item in Items([DataSpec(folder="pictures")], "image", pictures)] == [
+        "a/cat.PNG",
+        "a/zebra.jpg",
+        "b/dog.png",
+    ]
+    named = Items([DataSpec(folder="pictures", pattern=".thumbnails/*")], "image", pictures)
+    assert [item.key for item in named] == [".thumbnails/dog.png"]
+
+
+def test_a_hidden_folder_may_be_named_itself(tmp_path):
+    write_image(tmp_path / ".cache" / "dog.png")
+    assert [item.key for item in Items([DataSpec(folder=".cache")], "image", tmp_path)] == ["dog.png"]
+
+
+@pytest.mark.parametrize("pattern", [None, "a/*.jpg"])
+def test_a_link_that_leads_nowhere_is_named(pictures, pattern):
+    (pictures / "pictures" / "a" / "lost.jpg").symlink_to(pictures / "absent.jpg")
+    with pytest.raises(ValueError, match=r"The link .*a/lost.jpg leads to a file that is not there"):
+        Items([DataSpec(folder="pictures", pattern=pattern)], "image", pictures)
+
+
+def test_a_link_to_a_file_is_an_item(pictures):
+    (pictures / "pictures" / "b" / "horse.jpg").symlink_to(pictures / "pictures" / "a" / "zebra.jpg")
+    assert "b/horse.jpg" in [item.key for item in Items([DataSpec(folder="pictures")], "image", pictures)]
+
+
 @pytest.mark.parametrize(("label", "expected"), [("parent", ["a", "a", "b"]), ("stem", ["cat", "zebra", "dog"])])
 def test_the_class_of_a_file_is_its_folder_or_its_name(pictures, label, expected):
     items = Items([DataSpec(folder="pictures", label=label)], "image", pictures)
@@ -200,10 +229,13 @@ def test_a_bad_table_is_refused(tmp_path, name, content, expected):
         texts(tmp_path, table=name)
 
 
-def test_a_table_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"text\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"Cannot read the table .*t.csv.*utf-8"):
-        texts(tmp_path, table="t.csv")
+@pytest.mark.parametrize(
+    ("name", "line"), [("t.csv", b"caf\xe9"), ("t.txt", b"caf\xe9"), ("t.jsonl", b'{"a": "\xe9"}')]
+)
+def test_a_table_that_is_not_utf8_is_refused(tmp_path, name, line):
+    (tmp_path / name).write_bytes(b"text\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"The table .*{name} is not UTF-8. Save it as UTF-8."):
+        texts(tmp_path, table=name)
 
 
 def test_a_missing_table_column_or_file_is_named(tmp_path):

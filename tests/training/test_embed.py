@@ -37,7 +37,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(embedding, "SHARD_ROWS", 4)
+    monkeypatch.setattr(embedding, "SHARD_ROWS", {"text": 4, "image": 4, "audio": 4})
 
 
 def run(source, processor, items, folder, **changes):
@@ -133,7 +133,7 @@ def test_a_store_of_other_data_is_refused_and_kept(clip, processor, texts, tmp_p
     run(clip, processor, texts, tmp_path / "store")
     before = content(tmp_path / "store")
     (tmp_path / "texts.txt").write_text("the dog rings")
-    with pytest.raises(ValueError, match="store holds other embeddings: data_fingerprint is"):
+    with pytest.raises(ValueError, match=r"store holds other embeddings: the items have changed since \("):
         run(clip, processor, Items([DataSpec(table="texts.txt")], "text", tmp_path), tmp_path / "store")
     assert content(tmp_path / "store") == before
 
@@ -153,6 +153,23 @@ def write_images(folder, count=3):
     folder.mkdir()
     for row in range(count):
         Image.new("RGB", (9, 8), (80 * row, 0, 0)).save(folder / f"{row}.png")
+
+
+@pytest.mark.parametrize(("modality", "rows"), [("text", 8192), ("image", 1024)])
+def test_an_interruption_costs_less_where_a_row_costs_more(clip, processor, texts, tmp_path, modality, rows):
+    write_images(tmp_path / "images")
+    items = {"text": texts, "image": Items([DataSpec(folder="images")], "image", tmp_path)}
+    assert run(clip, processor, items[modality], tmp_path / "store").shard_rows == rows
+
+
+def test_a_first_attempt_that_wrote_no_shard_does_not_block_the_repaired_items(clip, processor, tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        run(clip, processor, Items([DataSpec(folder="images")], "image", tmp_path), tmp_path / "store")
+    (tmp_path / "images" / "1.png").unlink()
+    store = run(clip, processor, Items([DataSpec(folder="images")], "image", tmp_path), tmp_path / "store")
+    assert store.keys() == ["0.png", "2.png"]
 
 
 def test_an_unreadable_file_is_named(clip, processor, tmp_path):

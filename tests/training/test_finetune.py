@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from cmcr_hf import CMCRModel, CMCRProcessor
-from cmcr_hf.training.finetune import main
+from cmcr_hf.training.finetune import PairDataset, main
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,23 @@ def test_fewer_pairs_than_a_batch_are_an_error(model_folder, pairs, tmp_path):
         run(model_folder, pairs, tmp_path / "out", "--per_device_train_batch_size", "9")
 
 
-def test_a_table_with_holes_is_refused(model_folder, pairs, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"), [("3.wav", "", r"Row 4 .* has no 'audio'"), ("5.png", "no.png", "no file")]
+)
+def test_an_incomplete_row_is_named(model_folder, pairs, tmp_path, old, new, message):
     table = pairs.with_name("holes.csv")
-    table.write_text(pairs.read_text().replace("3.wav", ""))
-    with pytest.raises(ValueError, match=r"every row of .*holes\.csv to be complete"):
+    table.write_text(pairs.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
         run(model_folder, table, tmp_path / "out")
+
+
+def test_blank_cells_in_different_rows_do_not_shift_the_pairs(pairs):
+    table = pairs.with_name("shifted.csv")
+    table.write_text(pairs.read_text().replace("\n2.png", "\n").replace("6.wav", ""))
+    with pytest.raises(ValueError, match=r"Row 3 .* has no 'image'"):
+        PairDataset(str(table), {"image": "image", "audio": "audio"})
+
+
+def test_a_missing_column_is_named(pairs):
+    with pytest.raises(ValueError, match="has no column 'sound', it has image, audio, caption"):
+        PairDataset(str(pairs), {"image": "image", "audio": "sound"})

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import stat
@@ -238,7 +239,14 @@ def test_complete_store_is_left_as_it_is_by_another_run(folder: Path) -> None:
         ({"modality": "text"}, "modality is 'image' there and 'text' here"),
         ({"source": {**SOURCE, "revision": "xyz"}}, "'revision': 'xyz'"),
         ({"dim": 5, "dtype": "float16"}, "dim is 4 there and 5 here; dtype is 'float32' there and 'float16' here"),
-        ({"data_fingerprint": "other"}, "data_fingerprint is 'fingerprint' there and 'other' here"),
+        (
+            {"data_fingerprint": "other"},
+            r"the items have changed since \(.*data_fingerprint 'fingerprint' there and 'other' here\)",
+        ),
+        (
+            {"data_fingerprint": "other", "dim": 5},
+            "dim is 4 there and 5 here; data_fingerprint is 'fingerprint' there and 'other' here",
+        ),
         ({"shard_rows": 4}, "shard_rows is 3 there and 4 here"),
     ],
 )
@@ -250,6 +258,61 @@ def test_store_of_another_description_is_an_error_and_untouched(
     with pytest.raises(ValueError, match=f"store holds other embeddings.*{message}.*delete this one"):
         EmbeddingStore.create(folder, **{**DESCRIPTION, **changes})
     assert contents(folder) == before
+
+
+def test_hashes_are_cut_to_twelve_digits_in_a_refusal(tmp_path: Path) -> None:
+    write_store(tmp_path, data_fingerprint="0123456789ab" + "c" * 52)
+    with pytest.raises(ValueError, match="data_fingerprint '0123456789ab' there and 'ffffffffffff' here"):
+        write_store(tmp_path, data_fingerprint="f" * 64)
+
+
+def test_store_of_another_description_without_a_shard_is_replaced(folder: Path, tmp_path: Path) -> None:
+    EmbeddingStore.create(tmp_path / "other", **{**DESCRIPTION, "data_fingerprint": "before"})
+    (tmp_path / "other" / "shard-00000.safetensors.tmp").write_bytes(b"torn")
+    write_store(tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device. Free space and run again"),
+        (errno.EROFS, "Read-only file system. Make it writable or use another folder"),
+    ],
+)
+def test_disk_that_cannot_be_written_is_named_and_nothing_is_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str
+) -> None:
+    store = EmbeddingStore.create(tmp_path / "other", **DESCRIPTION)
+    store.append(EMBEDS[:3], KEYS[:3])
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=f"Cannot write to {tmp_path / 'other'}: {remedy}"):
+            store.append(EMBEDS[3:], KEYS[3:])
+    write_store(tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(folder)
+
+
+def test_read_only_disk_is_named_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(OSError, match=r"Cannot write to .*store: Read-only file system"):
+        EmbeddingStore.create(tmp_path / "store", **DESCRIPTION)
+
+
+def test_other_write_errors_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        EmbeddingStore.create(tmp_path / "store", **DESCRIPTION)
 
 
 def test_folder_of_other_files_is_an_error_and_untouched(tmp_path: Path) -> None:

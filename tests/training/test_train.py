@@ -4,10 +4,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from cmcr_hf import CMCRConfig, CMCRConnector
 from cmcr_hf.training.store import EmbeddingStore
-from cmcr_hf.training.train import ConnectionDataset, ConnectorTrainingArguments, main, train_connector
+from cmcr_hf.training.train import (
+    ConnectionDataset,
+    ConnectorTrainingArguments,
+    main,
+    run_script,
+    train_connector,
+)
 
 NAMES = {"clip_text": 6, "clap_text": 4, "clip_image": 6, "clap_audio": 4}
 
@@ -145,6 +152,52 @@ def test_fewer_rows_than_a_batch_are_an_error(tmp_path):
         train_connector(small_config(), aligned_embeds(8), arguments(tmp_path))
 
 
+@pytest.mark.parametrize("validation_rows", [8, 9, -1])
+def test_holding_out_every_row_is_an_error(tmp_path, validation_rows):
+    with pytest.raises(ValueError, match=f"validation_rows is {validation_rows}, .* fewer than the 8 rows"):
+        train_connector(small_config(), aligned_embeds(8), arguments(tmp_path), validation_rows=validation_rows)
+
+
+def test_a_batch_of_one_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="batch size is 1, expected at least 2: BatchNorm"):
+        train_connector(small_config(), aligned_embeds(8), arguments(tmp_path, per_device_train_batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "at step 3 of 12: loss is not finite"),
+        ({"logging_strategy": "no", "save_strategy": "no"}, "at step 12 of 12: train_loss is not finite"),
+        # One step: the loss is that of the first weights.
+        ({"max_steps": 1, "weight_decay": 1e3}, "at step 1 of 1: projectors.* is not finite"),
+    ],
+)
+def test_a_training_that_diverges_is_an_error_and_saves_nothing(tmp_path, changes, expected):
+    args = arguments(tmp_path / "run", learning_rate=1e38, lr_scheduler_type="constant", **changes)
+    with pytest.raises(ValueError, match=rf"diverged {expected}. Lower the learning rate \(it is 1e\+38\)"):
+        train_connector(small_config(), aligned_embeds(48), args, log_lines=False)
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(("disabled", "shown"), [({}, True), ({"disable_tqdm": True}, False)])
+def test_the_progress_bar_is_there_where_warnings_are_hidden(tmp_path, capsys, disabled, shown):
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        args = ConnectorTrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=16,
+            num_train_epochs=2,
+            save_strategy="no",
+            use_cpu=True,
+            **disabled,
+        )
+        train_connector(small_config(), aligned_embeds(48), args, log_lines=False)
+    finally:
+        logging.set_verbosity(before)
+    assert ("6/6" in capsys.readouterr().err) == shown
+
+
 def test_stores_that_are_not_aligned_are_refused():
     embeds = aligned_embeds(8)
     embeds["clap_text"] = embeds["clap_text"][:7]
@@ -166,7 +219,7 @@ def test_evaluation_leaves_no_row_out_when_it_takes_several_batches(tmp_path):
     assert math.isclose(share, round(share), abs_tol=1e-6)
 
 
-def save_stores(folder, embeds):
+def save_stores(folder, embeds, sources=None):
     paths = []
     for name, rows in embeds.items():
         space, modality = name.split("_")
@@ -174,7 +227,7 @@ def save_stores(folder, embeds):
             folder / name,
             space=space,
             modality=modality,
-            source={"id": "tiny", "revision": "main", "config_hash": "0"},
+            source={"id": (sources or {}).get(name, "tiny"), "revision": "abc", "config_hash": "0"},
             dim=rows.shape[1],
             data_fingerprint="0",
         )
@@ -200,3 +253,99 @@ def test_the_script_trains_from_stores_and_saves_a_connector(tmp_path, capsys):
     assert connector.config.projectors["clap"] == {"layout": "linear-bn-relu", "input_dim": 4}
     output = capsys.readouterr().out
     assert "eval_loss" in json.loads(output[output.rindex("{\n") :])
+
+
+def run_main(folder, stores, *flags):
+    """Run the script on small batches; return the connector it saved."""
+    quick = ["--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--projection_dim", "8"]
+    quick += ["--disable_tqdm", "True", "--use_cpu", "--save_strategy", "no", "--output_dir", str(folder)]
+    main(["--stores", *stores, *quick, *flags])
+    return CMCRConnector.from_pretrained(folder)
+
+
+def test_stores_may_come_in_any_order(tmp_path, capsys):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    reports, connectors = [], []
+    for order in ((0, 1, 2, 3), (3, 0, 2, 1)):
+        given = [stores[index] for index in order]
+        connectors.append(run_main(tmp_path / "out", given, "--validation_rows", "10"))
+        output = capsys.readouterr().out
+        report = json.loads(output[output.rindex("{\n") :])
+        reports.append({name: value for name, value in report.items() if "R@" in name})
+    assert equal_weights(*connectors)
+    assert reports[0] == reports[1]
+    pairs = {name.rsplit("_", 1)[0] for name in reports[0]}
+    assert pairs == {"eval_clip_text_to_clap_text", "eval_clip_image_to_clap_audio"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "given"),
+    [
+        ([0, 1, 2], "clip_text, clap_text, clip_image"),
+        ([0, 1, 2, 3, 0], "clip_text, clap_text, clip_image, clap_audio, clip_text"),
+    ],
+)
+def test_a_missing_or_repeated_store_is_an_error_before_any_training(tmp_path, chosen, given):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    expected = "Expected one store each of clip_text, clap_text, clip_image, clap_audio, got"
+    with pytest.raises(ValueError, match=f"{expected} {given}\\. Correct --stores"):
+        run_main(tmp_path / "out", [stores[index] for index in chosen])
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_of_one_space_alone_are_an_error(tmp_path):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    with pytest.raises(ValueError, match=r"two spaces that a bridge connects, got clip_text, clip_image\."):
+        run_main(tmp_path / "out", [stores[0], stores[2]])
+
+
+def test_a_store_of_another_space_is_an_error(tmp_path):
+    stores = save_stores(tmp_path, {**aligned_embeds(64), "imagebind_text": aligned_embeds(64)["clip_text"]})
+    with pytest.raises(ValueError, match=r"configuration is not valid: Unknown space 'imagebind'"):
+        run_main(tmp_path / "out", stores)
+
+
+def test_stores_of_one_space_from_two_sources_are_an_error(tmp_path):
+    stores = save_stores(tmp_path, aligned_embeds(64), {"clip_image": "other"})
+    with pytest.raises(ValueError, match="clip_image comes from another source than the other store of clip"):
+        run_main(tmp_path / "out", stores)
+
+
+def test_a_store_of_another_width_than_the_configuration_is_an_error(tmp_path):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    CMCRConfig(projectors={"clip": {"input_dim": 5}, "clap": {"input_dim": 4}}).save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="clip_text holds rows of width 6, expected 5 for clip"):
+        run_main(tmp_path / "out", stores, "--connector_config", str(tmp_path / "config"))
+
+
+def test_the_connector_records_sources_on_the_hub(tmp_path):
+    ids = {name: {"clip": "some/clip", "clap": "some/clap"}[name.split("_")[0]] for name in NAMES}
+    connector = run_main(tmp_path / "out", save_stores(tmp_path, aligned_embeds(64), ids))
+    assert connector.config.sources == {
+        "clip": {"id": "some/clip", "revision": "abc"},
+        "clap": {"id": "some/clap", "revision": "abc"},
+    }
+
+
+def test_the_connector_records_no_sources_where_one_is_a_folder(tmp_path):
+    ids = {"clip_text": "some/clip", "clip_image": "some/clip"}
+    assert run_main(tmp_path / "out", save_stores(tmp_path, aligned_embeds(64), ids)).config.sources is None
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError, OSError])
+def test_a_plain_mistake_ends_a_script_with_one_line_and_status_1(kind):
+    def fail():
+        raise kind("first line\n  second line")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fail)
+    # Python prints a string on standard error and exits with 1.
+    assert stopped.value.code == "error: first line second line"
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback():
+    def fail():
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        run_script(fail)

@@ -1,0 +1,199 @@
+"""The output folder of a connection: what in it is ours, kept whole, locked, and never somebody else's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .modeling.modeling_cmcr import CMCRModel
+from .modeling.processing_cmcr import CMCRProcessor
+from .training.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing keeps a second run out of the folder.
+    fcntl = None  # type: ignore[assignment]
+
+# Files of ours, which tell the folder from somebody else's.
+STAGE = "stage.json"
+SAVED = "saved.json"
+CARD = "README.md"
+# The folders that are replaced as a whole.
+PARTS = ("connector", "model")
+
+
+def check_output(folder: Path, recipe: Recipe) -> None:
+    """Check, without a change on disk, that a recipe may use an output folder; ValueError names what is in the way."""
+    check_writable(folder)
+    saved = read_saved(folder)
+    for name in PARTS:
+        part = folder / name
+        if part.exists() and (not part.is_dir() or (not saved and any(part.iterdir()))):
+            raise ValueError(
+                f"{part} would be replaced, but no {SAVED} beside it says that it was saved by a run. Use another "
+                "output folder, or move it away."
+            )
+    world = folder / "world"
+    if recipe.world is not None and (world / "world.json").is_file():
+        try:
+            json.loads((world / "world.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise damaged(world / "world.json", error, f"Delete the folder {world}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be written, or made where it is missing; ValueError names what is in the way."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file, expected a folder. Use another output path.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"The folder {nearest} cannot be written. Change its permissions, or use another output path."
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock ends with the process, however that ends."""
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write {path}: {error.strerror}. Change the folder's permissions, or use another output path."
+        ) from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another run is using {folder}. Wait for its end, or use another output folder."
+                ) from error
+            except OSError as error:
+                raise ValueError(
+                    f"Cannot lock {path}: {error.strerror}. Use an output folder on another file system."
+                ) from error
+        yield
+
+
+def damaged(path: Path, error: Exception, remedy: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {' '.join(str(error).split()) or type(error).__name__}. {remedy} and run again."
+    )
+
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """Return what the last run recorded of the folders it saved, empty where none did."""
+    path = folder / SAVED
+    if not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or "connector" not in saved:
+            raise ValueError("it is no record of a saved model")
+        return {**saved, "files": dict(saved.get("files", {})), "cards": dict(saved.get("cards", {}))}
+    except (ValueError, TypeError) as error:
+        remedy = f"Delete it and the folders {' and '.join(PARTS)} beside it"
+        raise damaged(path, error, remedy) from error
+
+
+def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
+    """Write the full model and the connector alone, each under a temporary name first; keep what is up to date.
+
+    Returns True if both folders hold, byte by byte, what was written before; files of others in them stay.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in model.connector.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    key = {"connector": weights.hexdigest(), "sources": model.config.sources}
+    state, saved = folder / SAVED, read_saved(folder)
+    files = saved.get("files", {})
+    same = files and all(saved.get(name) == value for name, value in key.items())
+    if same and all(_sha256(folder / name) == digest for name, digest in files.items()):
+        return True
+    # Marks the folders as saved by a run, for one that goes on where this one is stopped between them.
+    write_json(state, {**saved, "connector": None})
+    written: dict[str, str | None] = {}
+    for name, part in zip(PARTS, (model.connector, model), strict=True):
+        temporary, old = folder / f".{name}.tmp", folder / f".{name}.old"
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        part.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        written |= {f"{name}/{path.relative_to(temporary).as_posix()}": _sha256(path) for path in paths}
+        if (folder / name).exists():
+            _copy_others(folder / name, temporary, {*files, f"{name}/{CARD}"})
+            (folder / name).rename(old)
+        temporary.rename(folder / name)
+        shutil.rmtree(old, ignore_errors=True)
+    write_json(state, {**key, "files": written, "cards": {}})
+    return False
+
+
+def _copy_others(part: Path, temporary: Path, ours: set[str]) -> None:
+    """Copy the files of a saved folder that no run wrote, so that they outlive its replacement."""
+    for path in part.rglob("*"):
+        target = temporary / path.relative_to(part)
+        if path.is_file() and path.relative_to(part.parent).as_posix() not in ours and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+
+
+def _sha256(path: Path) -> str | None:
+    """Return the sha256 of a file in hexadecimal, None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_cards(folder: Path, card: str, report: Callable[[str], None]) -> None:
+    """Write the card into both folders, except over one that was edited since a run wrote it."""
+    saved, digest = read_saved(folder), hashlib.sha256(card.encode()).hexdigest()
+    cards = {}
+    for name in PARTS:
+        path = folder / name / CARD
+        found = _sha256(path)
+        cards[name] = saved["cards"].get(name)
+        # The new card itself is there where a run was stopped before it recorded that.
+        if found not in (None, digest, cards[name]):
+            report(f"card: kept the edited {path}")
+            continue
+        if found != digest:
+            _write_text(path, card)
+        cards[name] = digest
+    if cards != saved["cards"]:
+        write_json(folder / SAVED, {**saved, "cards": cards})
+
+
+def remove_evaluation(path: Path) -> None:
+    """Remove the metrics of a former run, which are not those of this one; a file of somebody else stays."""
+    ours = False
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        ours = set(json.loads(path.read_text(encoding="utf-8"))) == {"recipe", "metrics"}
+    if ours:
+        path.unlink()
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
