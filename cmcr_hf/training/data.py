@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from transformers.utils.hub import resolve_revision
 
 from .recipe import DataSpec
 
+HUB_DATASETS = "hf://datasets/"
 SUFFIXES = {
     "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"},
     "audio": {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"},
@@ -74,6 +75,42 @@ class _Listed:
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
+
+
+class _RemoteFolder:
+    """Files behind an fsspec address such as `hf://datasets/OWNER/NAME/FOLDER`, each fetched when it is read."""
+
+    def __init__(self, spec: DataSpec, modality: str) -> None:
+        import fsspec  # type: ignore[import-untyped]
+
+        folder = str(spec.folder)
+        _check_folder_options(spec, modality, folder)
+        address = _pinned_address(folder)
+        try:
+            self._files, base = fsspec.url_to_fs(address)
+            found = self._files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f"Cannot list {folder}: {error}. Check the address and the network.") from error
+        self.items: list[Item] = []
+        sizes = []
+        for name, entry in sorted(found.items()):
+            path = PurePosixPath(name).relative_to(base)
+            if entry["type"] != "file" or not (spec.pattern or _is_usual(path, modality)):
+                continue
+            label = {None: None, "parent": PurePosixPath(name).parent.name, "stem": path.stem}[spec.label]
+            self.items.append(Item(path.as_posix(), name, label))
+            sizes.append(entry["size"])
+        self.items = self.items[: spec.limit]
+        if not self.items:
+            raise ValueError(f"There are no {modality} items in {folder}. Check the address and the pattern.")
+        self._folder = folder
+        keys = [[item.key, item.label, size] for item, size in zip(self.items, sizes, strict=False)]
+        self.fingerprint = hashlib.sha256(json.dumps([address, keys]).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.items:
+            cell = {"path": f"{self._folder}/{item.key}", "bytes": self._files.cat_file(item.value)}
+            yield Item(item.key, cell, item.label)
 
 
 class _Stream:
@@ -154,7 +191,7 @@ def _fetched(cell: Any) -> Any:
     path = cell.get("path") if isinstance(cell, dict) else None
     if path is None or "://" not in path or cell.get("bytes") is not None:
         return cell
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     with fsspec.open(path) as file:
         return {**cell, "bytes": file.read()}
@@ -169,14 +206,20 @@ def _pinned(spec: DataSpec, root: Path) -> tuple[str, str | None, str | None, st
     if files is None or "/" in name:
         commit = _commit(name, spec.revision)
         return name, commit, files, str(commit)
-    elsewhere = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(/.+)", files)
-    if elsewhere is None:
+    if not files.startswith(HUB_DATASETS):
         raise ValueError(
             f"Expected data_files of {name!r} as hf://datasets/OWNER/NAME/GLOB, got {files!r}. Name a folder of your "
             "own as dataset: FOLDER."
         )
-    commit = _commit(elsewhere[1], elsewhere[2])
-    return name, None, f"hf://datasets/{elsewhere[1]}{f'@{commit}' if commit else ''}{elsewhere[3]}", str(commit)
+    files = _pinned_address(files)
+    return name, None, files, files
+
+
+def _pinned_address(address: str) -> str:
+    """Name the commit in an address of a Hub data set's files; return any other address as it is."""
+    found = re.fullmatch(rf"{HUB_DATASETS}([^/@]+/[^/@]+)(?:@([^/]+))?(/.+)", address)
+    commit = _commit(found[1], found[2]) if found else None
+    return f"{HUB_DATASETS}{found[1]}@{commit}{found[3]}" if found and commit else address
 
 
 def _commit(name: str, revision: str | None) -> str | None:
@@ -190,11 +233,13 @@ def _files_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _Stream:
+def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _RemoteFolder | _Stream:
     if spec.template is not None and modality != "text":
         raise ValueError(f"A template goes with texts, not with {modality} items. Remove {spec.template!r}.")
     if spec.dataset is not None:
         return _Stream(spec, modality, root)
+    if spec.folder is not None and "://" in spec.folder:
+        return _RemoteFolder(spec, modality)
     items = _read_folder(spec, modality, root) if spec.folder is not None else _read_table(spec, modality, root)
     if spec.limit is not None:
         items = items[: spec.limit]
@@ -219,25 +264,12 @@ def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _Stream:
 
 def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
     folder = root / str(spec.folder)
-    if modality == "text":
-        raise ValueError(f"Texts come from a table or a data set, not from the folder {folder}.")
+    _check_folder_options(spec, modality, str(folder))
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}. Check the path and the data root.")
-    if spec.label not in (None, "parent", "stem"):
-        raise ValueError(f"Files of a folder have the label 'parent' or 'stem', got {spec.label!r}.")
-    if spec.pattern and Path(spec.pattern).is_absolute():
-        raise ValueError(
-            f"Expected a pattern below {folder}, got the absolute {spec.pattern!r}. Use one like '**/*.jpg'."
-        )
     paths = sorted(folder.glob(spec.pattern or "**/*"))
     if not spec.pattern:
-        # Dot files are no items of anybody's: macOS leaves a ._dog.jpg beside dog.jpg on other file systems.
-        paths = [
-            path
-            for path in paths
-            if path.suffix.lower() in SUFFIXES[modality]
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        ]
+        paths = [path for path in paths if _is_usual(path.relative_to(folder), modality)]
     for path in paths:
         if path.is_symlink() and not path.exists():
             raise ValueError(f"The link {path} leads to a file that is not there. Repair or remove it.")
@@ -250,6 +282,22 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
         for path in paths
         if path.is_file()
     ]
+
+
+def _check_folder_options(spec: DataSpec, modality: str, folder: str) -> None:
+    if modality == "text":
+        raise ValueError(f"Texts come from a table or a data set, not from the folder {folder}.")
+    if spec.label not in (None, "parent", "stem"):
+        raise ValueError(f"Files of a folder have the label 'parent' or 'stem', got {spec.label!r}.")
+    if spec.pattern and Path(spec.pattern).is_absolute():
+        raise ValueError(
+            f"Expected a pattern below {folder}, got the absolute {spec.pattern!r}. Use one like '**/*.jpg'."
+        )
+
+
+def _is_usual(path: PurePath, modality: str) -> bool:
+    # Dot files are no items of anybody's: macOS leaves a ._dog.jpg beside dog.jpg on other file systems.
+    return path.suffix.lower() in SUFFIXES[modality] and not any(part.startswith(".") for part in path.parts)
 
 
 def _read_table(spec: DataSpec, modality: str, root: Path) -> list[Item]:

@@ -37,7 +37,8 @@ class DataSpec:
     """One body of items of one modality: exactly one of `folder`, `table` and `dataset`.
 
     Args:
-        folder: folder of image or audio files, read in sorted order; relative to the data root.
+        folder: folder of image or audio files, read in sorted order; relative to the data root, or an address such as
+            `hf://datasets/OWNER/NAME/FOLDER`, whose files are fetched one by one.
         pattern: glob below the folder; all files of the modality's usual formats where it is missing.
         table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
             are the texts); UTF-8. Quotation marks have a meaning in .csv alone.
@@ -46,7 +47,7 @@ class DataSpec:
         files: folder that the file names of a table are relative to; the table's own where it is missing.
         dataset: Hub data set id or local folder for `datasets.load_dataset`, streamed.
         config, split, revision: of the data set; `train` is the default split.
-        data_files: glob of its files, where they are not all wanted; or, behind `dataset: audiofolder` and its like,
+        data_files: glob of its files, where they are not all wanted; or, behind `dataset: csv` and its like,
             `hf://datasets/OWNER/NAME/GLOB`.
         label: where an item's class comes from, for evaluation: `parent` (folder name) or `stem` (file name) of a
             folder's files, else a column.

@@ -515,3 +515,23 @@ def test_a_hub_data_set_is_read_at_the_commit_that_its_fingerprint_names(tmp_pat
     assert asked == [("some/set", "dataset")]
     monkeypatch.setattr(Resolved, "resolved", "ffff")
     assert Items([DataSpec(column="text", **spec)], "text", tmp_path).fingerprint != items.fingerprint
+
+
+def test_a_folder_behind_an_address_is_read_like_one_at_hand(tmp_path):
+    for name in ("dog/b.wav", "cat/a.wav", "dog/._b.wav", "dog/notes.txt"):
+        path = tmp_path / "remote" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    remote = Items([DataSpec(folder=f"file://{tmp_path / 'remote'}", label="parent")], "audio", tmp_path)
+    local = Items([DataSpec(folder="remote", label="parent")], "audio", tmp_path)
+    assert [(item.key, item.label) for item in remote] == [(item.key, item.label) for item in local]
+    assert [item.value["bytes"] for item in remote] == [b"cat/a.wav", b"dog/b.wav"]
+    assert len(remote) == 2
+    (tmp_path / "remote" / "cat" / "a.wav").write_bytes(b"longer than before")
+    again = Items([DataSpec(folder=f"file://{tmp_path / 'remote'}", label="parent")], "audio", tmp_path)
+    assert again.fingerprint != remote.fingerprint
+
+
+def test_an_address_without_files_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"There are no audio items in file://.*nothing"):
+        Items([DataSpec(folder=f"file://{tmp_path / 'nothing'}")], "audio", tmp_path)
