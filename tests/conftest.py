@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cmcr_hf import CMCRModel, CMCRProcessor
+
 # The models under test are so small that a second thread costs more in handing over than it computes.
 torch.set_num_threads(1)
 
@@ -140,3 +142,13 @@ def tiny_clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_fused_clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, fused."""
     return save_tiny_clap(tmp_path_factory.mktemp("sources") / "clap-fused", fused=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_clip: Path, tiny_clap: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both sources with a random connector of width 8, and their processor."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, config={"projection_dim": 8}).save_pretrained(folder)
+    CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(folder)
+    return folder

@@ -22,15 +22,6 @@ CONCEPTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_clip, tiny_clap, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real") / "model"
-    torch.manual_seed(0)
-    CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, config={"projection_dim": 8}).save_pretrained(folder)
-    CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(folder)
-    return folder
-
-
 def unpack(shared, target, *, per_class):
     """Lay out real clips and pictures as folders by concept: `audio/dog/*.ogg`, `images/dog/*.jpg`."""
     counts: dict[str, int] = {}
@@ -59,10 +50,10 @@ def unpack(shared, target, *, per_class):
     return target
 
 
-def test_the_official_triples_go_from_files_to_embeddings(shared, model_folder):
+def test_the_official_triples_go_from_files_to_embeddings(shared, tiny_model):
     official = shared / "official"
     names = ["toilet", "BBQ", "train"]
-    model, processor = CMCRModel.from_pretrained(model_folder), CMCRProcessor.from_pretrained(model_folder)
+    model, processor = CMCRModel.from_pretrained(tiny_model), CMCRProcessor.from_pretrained(tiny_model)
     images = [official / f"{name}.jpeg" for name in names]
     clips = [official / f"{name}.wav" for name in names]
     with torch.no_grad():
@@ -75,23 +66,23 @@ def test_the_official_triples_go_from_files_to_embeddings(shared, model_folder):
     torch.testing.assert_close(output.audio_embeds[1:2], alone, atol=1e-6, rtol=0)
 
 
-def test_evaluate_measures_folders_of_real_files(shared, model_folder, tmp_path, capsys):
+def test_evaluate_measures_folders_of_real_files(shared, tiny_model, tmp_path, capsys):
     data = unpack(shared, tmp_path, per_class=3)
     result = tmp_path / "result.json"
     sides = ["--images", str(data / "images"), "--audio", str(data / "audio")]
-    assert main(["evaluate", "--model", str(model_folder), *sides, "--output", str(result)]) == 0
+    assert main(["evaluate", "--model", str(tiny_model), *sides, "--output", str(result)]) == 0
     assert "15 clips, 15 images, 5 classes" in capsys.readouterr().out
     metrics = json.loads(result.read_text())["metrics"]
     assert metrics["chance"]["audio_to_image"]["P@1"] == pytest.approx(0.2)
     assert 0 <= metrics["model"]["image_to_audio"]["mAP"] <= 1
 
 
-def test_evaluate_pairs_the_official_triples_by_their_names(shared, model_folder, capsys):
+def test_evaluate_pairs_the_official_triples_by_their_names(shared, tiny_model, capsys):
     official = str(shared / "official")
     arguments = [
         "evaluate",
         "--model",
-        str(model_folder),
+        str(tiny_model),
         "--images",
         official,
         "--audio",

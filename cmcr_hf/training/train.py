@@ -214,15 +214,13 @@ def train_connector(
             f"The batch size is {args.per_device_train_batch_size}, expected at least 2: BatchNorm and InfoNCE "
             "compare the rows of a batch. Raise per_device_train_batch_size (train.batch_size in a recipe)."
         )
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) if validation_rows else torch.arange(rows)
-    training = ConnectionDataset(
-        embeds if not validation_rows else {name: tensor[order[validation_rows:]] for name, tensor in embeds.items()}
-    )
-    held_out = (
-        ConnectionDataset({name: tensor[order[:validation_rows]] for name, tensor in embeds.items()})
-        if validation_rows
-        else None
-    )
+    training, held_out = ConnectionDataset(embeds), None
+    if validation_rows:
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+        training, held_out = (
+            ConnectionDataset({name: tensor[part] for name, tensor in embeds.items()})
+            for part in (order[validation_rows:], order[:validation_rows])
+        )
     if len(training) < args.train_batch_size:
         raise ValueError(
             f"Expected at least one batch of {args.train_batch_size} training rows, got {len(training)}. Use more "

@@ -9,15 +9,6 @@ from cmcr_hf.training.finetune import PairDataset, main
 
 
 @pytest.fixture(scope="module")
-def model_folder(tiny_clip, tiny_clap, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finetune") / "model"
-    torch.manual_seed(0)
-    CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, config={"projection_dim": 8}).save_pretrained(folder)
-    CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     generator = np.random.default_rng(0)
@@ -30,9 +21,9 @@ def pairs(tmp_path_factory):
     return folder / "pairs.csv"
 
 
-def run(model_folder, pairs, output, *extra):
+def run(tiny_model, pairs, output, *extra):
     options = {
-        "--model": str(model_folder),
+        "--model": str(tiny_model),
         "--pairs": str(pairs),
         "--image_column": "image",
         "--audio_column": "audio",
@@ -50,36 +41,36 @@ def changed_parts(before, after):
     return {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
 
 
-def test_finetuning_changes_the_projectors_alone(model_folder, pairs, tmp_path):
-    run(model_folder, pairs, tmp_path / "out")
-    assert changed_parts(model_folder, tmp_path / "out") == {"connector"}
+def test_finetuning_changes_the_projectors_alone(tiny_model, pairs, tmp_path):
+    run(tiny_model, pairs, tmp_path / "out")
+    assert changed_parts(tiny_model, tmp_path / "out") == {"connector"}
     processor = CMCRProcessor.from_pretrained(tmp_path / "out")
     assert processor(text="a dog")["input_ids"].shape == (1, 4)
 
 
-def test_finetuning_reaches_the_sources_on_request(model_folder, pairs, tmp_path):
-    run(model_folder, pairs, tmp_path / "out", "--train_sources", "--text_column", "caption")
-    assert changed_parts(model_folder, tmp_path / "out") == {"clap", "clip", "connector"}
+def test_finetuning_reaches_the_sources_on_request(tiny_model, pairs, tmp_path):
+    run(tiny_model, pairs, tmp_path / "out", "--train_sources", "--text_column", "caption")
+    assert changed_parts(tiny_model, tmp_path / "out") == {"clap", "clip", "connector"}
 
 
-def test_held_out_pairs_give_an_evaluation_loss(model_folder, pairs, tmp_path):
-    run(model_folder, pairs, tmp_path / "out", "--validation_pairs", str(pairs))
+def test_held_out_pairs_give_an_evaluation_loss(tiny_model, pairs, tmp_path):
+    run(tiny_model, pairs, tmp_path / "out", "--validation_pairs", str(pairs))
     assert '"eval_loss"' in (tmp_path / "out" / "eval_results.json").read_text()
 
 
-def test_fewer_pairs_than_a_batch_are_an_error(model_folder, pairs, tmp_path):
+def test_fewer_pairs_than_a_batch_are_an_error(tiny_model, pairs, tmp_path):
     with pytest.raises(ValueError, match="at least one batch of 9 pairs, got 8"):
-        run(model_folder, pairs, tmp_path / "out", "--per_device_train_batch_size", "9")
+        run(tiny_model, pairs, tmp_path / "out", "--per_device_train_batch_size", "9")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"), [("3.wav", "", r"Row 4 .* has no 'audio'"), ("5.png", "no.png", "no file")]
 )
-def test_an_incomplete_row_is_named(model_folder, pairs, tmp_path, old, new, message):
+def test_an_incomplete_row_is_named(tiny_model, pairs, tmp_path, old, new, message):
     table = pairs.with_name("holes.csv")
     table.write_text(pairs.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
-        run(model_folder, table, tmp_path / "out")
+        run(tiny_model, table, tmp_path / "out")
 
 
 def test_blank_cells_in_different_rows_do_not_shift_the_pairs(pairs):
