@@ -142,6 +142,7 @@ def connect(
         stores = [text_clip, text_clap, aggregated(text_clip, image), aggregated(text_clap, audio)]
         trained = _train(recipe, model.config, stores, folder / "train", device, report)
         model.connector.load_state_dict(trained.state_dict())
+        model.record_fingerprints(processor)
 
         with _stage("save", report) as done:
             kept = "kept, in " if save(model, processor, folder) else ""

@@ -112,8 +112,14 @@ def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
     """
     weights = hashlib.sha256()
     for name, tensor in model.connector.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
-    key = {"connector": weights.hexdigest(), "sources": model.config.sources}
+        # Of another machine or number of threads, a fingerprint differs in its last bits.
+        if not name.startswith("fingerprint_"):
+            weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    key = {
+        "connector": weights.hexdigest(),
+        "sources": model.config.sources,
+        "fingerprints": model.config.fingerprints,
+    }
     state, saved = folder / SAVED, read_saved(folder)
     files = saved.get("files", {})
     same = files and all(saved.get(name) == value for name, value in key.items())

@@ -428,6 +428,21 @@ def test_swapped_sources_are_refused_before_anything_is_embedded(recipe, data, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_connector_refuses_sources_with_other_weights_under_the_same_name(recipe, data, tmp_path, tiny_clip):
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_clip, clip)
+    mine = replace(recipe, sources={**recipe.sources, "clip": replace(recipe.sources["clip"], id=str(clip))})
+    connect(mine, tmp_path / "run", data)
+    assert CMCRModel.from_pretrained(tmp_path / "run/connector").config.fingerprints
+    tensors = load_file(clip / "model.safetensors")
+    tensors["visual_projection.weight"] = tensors["visual_projection.weight"].flip(0)
+    save_file(tensors, clip / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not the clip source that the connector was trained on: its image"):
+        CMCRModel.from_pretrained(tmp_path / "run/connector")
+    # Its own weights are in the full model.
+    assert CMCRModel.from_pretrained(tmp_path / "run/model").config.fingerprints
+
+
 def test_a_source_folder_that_is_not_there_is_named(recipe, data, tmp_path):
     sources = {**recipe.sources, "clap": SourceSpec("../encoders/clap")}
     with pytest.raises(ValueError, match=r"There is no folder '../encoders/clap' for sources.clap"):

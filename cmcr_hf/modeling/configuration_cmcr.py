@@ -47,6 +47,9 @@ class CMCRConfig(PreTrainedConfig):
         sources:
             Where each source came from: `{space: {"id": hub id or folder, "revision": commit}}`. A connector-only
             checkpoint finds its sources by it.
+        fingerprints:
+            Names `{space}_{modality}` of the embeddings of fixed inputs that the connector carries of its sources. A
+            source that is attached later must give the same (see [`CMCRModel.record_fingerprints`]).
         projectors:
             One entry a space: `{"layout": str, "input_dim": int, "hidden_dim": int}`. Layouts:
             `linear-bn-relu-linear-bn` (the heads of the official `clap_clip.pt`), `linear-bn-relu` (those of
@@ -91,6 +94,7 @@ class CMCRConfig(PreTrainedConfig):
     clip_config: PreTrainedConfig | dict | None = None
     clap_config: PreTrainedConfig | dict | None = None
     sources: dict | None = None
+    fingerprints: list | None = None
     projectors: dict | None = None  # complete after creation, as are bridges and default_spaces
     projection_dim: int = 512
     bridges: list | None = None
@@ -194,6 +198,10 @@ class CMCRConfig(PreTrainedConfig):
                     f"The {space} projector is the identity, so projection_dim must equal its width "
                     f"{projector['input_dim']}, got {self.projection_dim}."
                 )
+        for name in self.fingerprints or []:
+            space, _, modality = str(name).partition("_")
+            if space not in self.projectors or modality not in SPACE_MODALITIES[space]:
+                raise ValueError(f"Expected fingerprints named space_modality, such as 'clip_text', got {name!r}.")
         for bridge in self.bridges:
             if len(bridge) != 3 or any((space, bridge[2]) not in LEAF_MODALITIES for space in bridge[:2]):
                 raise ValueError(f"Expected a bridge as [space, space, overlap modality], got {bridge}.")

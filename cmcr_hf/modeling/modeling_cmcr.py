@@ -21,17 +21,13 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.hub import resolve_revision
 
 from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, SPACE_MODALITIES, CMCRConfig, source_embedding_dim
+from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
 
 logger = logging.get_logger(__name__)
 
 # What `from_pretrained` passes on from a connector to its sources; `revision` and `subfolder` are each repository's
 # own.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-
-
-def normalize(embeds: torch.Tensor) -> torch.Tensor:
-    """Scale the rows to unit length, computed in float32 and returned in the dtype of `embeds`."""
-    return F.normalize(embeds.float(), dim=-1).to(embeds.dtype)
 
 
 def symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -164,6 +160,10 @@ class CMCRConnector(CMCRPreTrainedModel):
         )
         # For the logits of CMCRModel; the temperatures of the objective are fixed numbers of the configuration.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        for name in config.fingerprints or []:
+            space, modality = name.split("_", 1)
+            rows, width = FINGERPRINT_ROWS[modality], (config.projectors or {})[space]["input_dim"]
+            self.register_buffer(f"fingerprint_{name}", torch.zeros(rows, width))
         self.post_init()
 
     @classmethod
@@ -335,6 +335,7 @@ class CMCRModel(CMCRPreTrainedModel):
         *,
         config: dict | None = None,
         revisions: dict[str, str | None] | None = None,
+        processor: Any = None,
         **kwargs,
     ) -> "CMCRModel":
         """Build a model from pretrained sources, with a trained connector or a fresh one (random, to be trained).
@@ -345,11 +346,13 @@ class CMCRModel(CMCRPreTrainedModel):
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
             revisions: `{space: revision}` of sources on the Hub.
+            processor: the [`CMCRProcessor`] of the sources, which the check of the connector's fingerprints needs
+                where a source is a loaded model; read from the sources where they are ids or folders.
             **kwargs: for the sources' `from_pretrained`: `dtype` (default: the connector's, float32 for a fresh one),
                 `device_map`, `attn_implementation`, `token`, ...
 
         Raises:
-            ValueError: the sources are not those that the connector connects, or one is not as wide as it expects.
+            ValueError: the sources are not those of the connector: a space, a width or a fingerprint differs.
             OSError: a source cannot be loaded.
         """
         given = {space: source for space, source in (("clip", clip), ("clap", clap)) if source is not None}
@@ -404,16 +407,52 @@ class CMCRModel(CMCRPreTrainedModel):
             model.connector.load_state_dict(trained.state_dict())
         first = next(iter(models.values()))
         model.connector.to(device=first.device, dtype=first.dtype)  # type: ignore[call-arg]
+        if trained is not None and model_config.fingerprints:
+            ids = {space: str(record["id"]) for space, record in records.items()}
+            if processor is None and len(ids) == len(given):
+                # Imported here, since it is of no use to those who load a full checkpoint.
+                from .processing_cmcr import CMCRProcessor
+
+                processor = CMCRProcessor.from_sources_pretrained(**ids, revisions=revisions, **hub)
+            model._check_fingerprints(processor, ids)
         return model.eval()
+
+    def record_fingerprints(self, processor: Any) -> None:
+        """Store in the connector what each source gives for eight sentences, a picture and a tone.
+
+        A connector checkpoint carries them, and sources that give something else are refused when they are attached.
+
+        Args:
+            processor: the [`CMCRProcessor`] of the sources.
+        """
+        self.config.fingerprints = [
+            f"{space}_{modality}"
+            for space in self.config.spaces
+            for modality in SPACE_MODALITIES[space]
+            if modality in FINGERPRINT_ROWS
+        ]
+        for name in self.config.fingerprints:
+            space, modality = name.split("_", 1)
+            embeds = fingerprint(self.sources[space], processor, space, modality)
+            self.connector.register_buffer(f"fingerprint_{name}", embeds.to(self.connector.logit_scale))
+
+    def _check_fingerprints(self, processor: Any, names: dict[str, str]) -> None:
+        if processor is None:
+            logger.warning(
+                "A source is given as a loaded model: whether it is that of the connector is not checked. Pass "
+                "processor= to check it."
+            )
+            return
+        for name in self.config.fingerprints or []:
+            space, modality = name.split("_", 1)
+            recorded = self.connector.get_buffer(f"fingerprint_{name}")
+            found = fingerprint(self.sources[space], processor, space, modality)
+            name = repr(names[space]) if space in names else "The model given"
+            check_fingerprint(found, recorded, space, modality, name)
 
     def _embed(self, modality: str, space: str | None, inputs: dict) -> BaseModelOutputWithPooling:
         space = self.config.space_of(modality, space)
-        source = self.sources[space]
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        for name in ("pixel_values", "input_features"):
-            if name in inputs:
-                inputs[name] = inputs[name].to(source.dtype)
-        outputs = getattr(source, f"get_{modality}_features")(**inputs)
+        outputs = source_features(self.sources[space], modality, inputs)
         outputs.pooler_output = self.connector.project(outputs.pooler_output, space)
         return outputs
 

@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
-from ..modeling.modeling_cmcr import CMCRModel, normalize
+from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
+from ..modeling.sources_cmcr import normalize, source_features
 from .data import Item, Items
 from .store import EmbeddingStore
 
@@ -36,10 +37,7 @@ def encode(
         space: `clip` or `clap`, the role of the source.
     """
     features = _features(processor, modality, values, space).to(source.device)
-    for name in ("pixel_values", "input_features"):
-        if name in features:
-            features[name] = features[name].to(source.dtype)
-    return normalize(getattr(source, f"get_{modality}_features")(**features).pooler_output.float())
+    return normalize(source_features(source, modality, features).pooler_output.float())
 
 
 def embed(

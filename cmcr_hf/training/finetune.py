@@ -131,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if held_out is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    if arguments.train_sources:
+        # They are no longer the sources that the connector has fingerprints of.
+        model.record_fingerprints(processor)
     trainer.save_model(args.output_dir)
     processor.save_pretrained(args.output_dir)
 

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from cmcr_hf import CMCRModel, CMCRProcessor
+from cmcr_hf.modeling.sources_cmcr import fingerprint
 from cmcr_hf.training.finetune import PairDataset, main
 
 
@@ -38,7 +39,8 @@ def run(tiny_model, pairs, output, *extra):
 
 def changed_parts(before, after):
     first, second = CMCRModel.from_pretrained(before).state_dict(), CMCRModel.from_pretrained(after).state_dict()
-    return {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    kept = {name for name in first if name in second and torch.equal(first[name], second[name])}
+    return {name.split(".")[0] for name in {*first, *second} - kept}
 
 
 def test_finetuning_changes_the_projectors_alone(tiny_model, pairs, tmp_path):
@@ -51,6 +53,10 @@ def test_finetuning_changes_the_projectors_alone(tiny_model, pairs, tmp_path):
 def test_finetuning_reaches_the_sources_on_request(tiny_model, pairs, tmp_path):
     run(tiny_model, pairs, tmp_path / "out", "--train_sources", "--text_column", "caption")
     assert changed_parts(tiny_model, tmp_path / "out") == {"clap", "clip", "connector"}
+    model = CMCRModel.from_pretrained(tmp_path / "out")
+    processor = CMCRProcessor.from_pretrained(tmp_path / "out")
+    tuned = fingerprint(model.clip, processor, "clip", "image")
+    torch.testing.assert_close(model.connector.fingerprint_clip_image, tuned)
 
 
 def test_held_out_pairs_give_an_evaluation_loss(tiny_model, pairs, tmp_path):
