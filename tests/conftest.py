@@ -104,15 +104,18 @@ def tiny_tokenizer(length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=length, **specials)
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP of width 24 with image processor and tokenizer."""
-    folder = tmp_path_factory.mktemp("sources") / "clip"
+def save_tiny_clip(folder: Path) -> Path:
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=24)).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     tiny_tokenizer(20).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of width 24 with image processor and tokenizer."""
+    return save_tiny_clip(tmp_path_factory.mktemp("sources") / "clip")
 
 
 def save_tiny_clap(folder: Path, *, fused: bool) -> Path:

@@ -4,12 +4,20 @@ import csv
 import json
 import zipfile
 
+import numpy as np
 import pytest
+import soundfile
+import soxr
 import torch
 import yaml
+from PIL import Image
+from transformers import ClapFeatureExtractor
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
+from cmcr_hf.modeling.audio_loading_cmcr import load_audio
+from cmcr_hf.modeling.feature_extraction_cmcr import extract_audio
+from cmcr_hf.modeling.image_loading_cmcr import load_image
 from cmcr_hf.training.store import EmbeddingStore
 
 # ESC-10's folders, by the concept that shared/data/concepts.json gives to the same sounds.
@@ -64,6 +72,35 @@ def test_the_official_triples_go_from_files_to_embeddings(shared, tiny_model):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
         assert not torch.allclose(embeds[0], embeds[1], atol=1e-4)
     torch.testing.assert_close(output.audio_embeds[1:2], alone, atol=1e-6, rtol=0)
+
+
+def test_ordinary_files_are_what_pillow_soundfile_and_soxr_make_of_them(shared, tmp_path):
+    data = unpack(shared, tmp_path, per_class=3)
+    pictures, clips = sorted(data.glob("images/*/*")), sorted(data.glob("audio/*/*"))
+    assert len(pictures) == len(clips) == 15
+    for path in pictures:
+        with Image.open(path) as expected:
+            assert np.array_equal(np.asarray(load_image(path)), np.asarray(expected.convert("RGB")))
+    for path in clips:
+        samples, rate = soundfile.read(path, dtype="float32")
+        assert np.array_equal(load_audio(path, 8000), soxr.resample(samples, rate, 8000, quality="HQ"))
+
+
+def test_a_recording_of_minutes_gives_what_its_whole_log_mel_gives(shared, tmp_path, tiny_fused_clap):
+    clips = sorted(unpack(shared, tmp_path, per_class=5).glob("audio/*/*"))
+    recording = np.concatenate([load_audio(path, 8000) for path in clips])
+    assert len(recording) > 8000 * 100
+    soundfile.write(tmp_path / "recording.flac", recording, 8000, subtype="PCM_24")
+    extractor = ClapFeatureExtractor.from_pretrained(tiny_fused_clap)
+    features = extract_audio(tmp_path / "recording.flac", extractor)["input_features"]
+    whole = extractor(recording, sampling_rate=8000, max_length=len(recording), return_tensors="pt")["input_features"]
+    shrunk = torch.nn.functional.interpolate(whole[:, :1], features.shape[1:], mode="bilinear", align_corners=False)
+    # The file rounds to 24 bits.
+    assert np.median(np.abs(features[0] - shrunk[0, 0].numpy())) < 1e-3
+    size, rest = divmod(whole.shape[2] - features.shape[1] + 1, 3)
+    middle = size + (rest > 0) + (size + (rest > 1) - 1) // 2
+    chunk = whole[0, 0, middle : middle + features.shape[1]].numpy()
+    assert np.median(np.abs(features[2] - chunk)) < 1e-3
 
 
 def test_evaluate_measures_folders_of_real_files(shared, tiny_model, tmp_path, capsys):

@@ -1,0 +1,101 @@
+# Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Features of images and audio clips of any size, each a function of its item alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers import ClapFeatureExtractor
+
+from .audio_loading_cmcr import AudioClip, open_audio
+from .image_loading_cmcr import load_image
+
+MAX_ASPECT = 32
+
+
+def extract_image(image: Any, processor: Any) -> dict[str, np.ndarray]:
+    """Return the features of one image (see [`load_image`]), without its batch axis.
+
+    A processor that resizes the short side and crops the centre blows up a strip of 1 x 10000 pixels a thousandfold
+    first. Of an image more than 32 times as long as wide, it is given the middle of that shape.
+    """
+    picture = load_image(image)
+    if getattr(processor, "do_center_crop", False) and processor.do_resize and processor.size.get("shortest_edge"):
+        longest = MAX_ASPECT * min(picture.size)
+        width, height = (min(side, longest) for side in picture.size)
+        if (width, height) != picture.size:
+            left, top = (picture.width - width) // 2, (picture.height - height) // 2
+            picture = picture.crop((left, top, left + width, top + height))
+    return {name: value[0] for name, value in processor(picture, return_tensors="np").items()}
+
+
+def extract_audio(audio: Any, extractor: Any, rate: float | None = None) -> dict[str, np.ndarray]:
+    """Return the features of one clip (see [`open_audio`]), without its batch axis.
+
+    [`ClapFeatureExtractor`] draws crops at random, and calls a random clip of the batch longer than it is. Here a
+    clip over the window gives, in fused mode, its shrunken whole and the chunk in the middle of each third of the
+    possible starts (where the extractor draws one), else the window in its middle; `is_longer` follows from the
+    clip alone. What the features do not depend on is read, but not kept.
+    """
+    with open_audio(audio, extractor.sampling_rate, rate) as clip:
+        if not isinstance(extractor, ClapFeatureExtractor):
+            (waveform,) = clip.read([(0, clip.samples)])
+            features = extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="np")
+            return {name: value[0] for name, value in features.items()}
+        window = extractor.nb_max_samples
+        frames = window // extractor.hop_length + 1
+        total = (clip.samples - extractor.fft_window_size % 2) // extractor.hop_length + 1
+        fused = extractor.truncation == "fusion"
+        if fused and total > frames:
+            mel, longer = _fuse(clip, extractor, total, frames), True
+        else:
+            start = 0 if fused else max(0, clip.samples - window) // 2
+            stop = clip.samples if fused else min(clip.samples, start + window)
+            (waveform,) = clip.read([(start, stop)])
+            longer = len(waveform) < clip.samples
+            # A window as long as the waveform makes the extractor neither crop nor pad a long one.
+            mel = _log_mel(waveform, extractor, max(window, len(waveform)))
+    return {"input_features": mel.astype(np.float32), "is_longer": np.array([longer])}
+
+
+def _log_mel(waveform: np.ndarray, extractor: Any, length: int) -> np.ndarray:
+    """Return the log-mel `(1 or 4 equal channels, frames, bins)` of a waveform, padded to `length` samples."""
+    features = extractor(waveform, sampling_rate=extractor.sampling_rate, max_length=length, return_tensors="np")
+    return features["input_features"][0]
+
+
+def _fuse(clip: AudioClip, extractor: Any, total: int, frames: int) -> np.ndarray:
+    """Return the channels of a fused CLAP, `(4, frames, bins)`, for a clip whose log-mel has `total` frames."""
+    # The extractor splits the possible starts like this and draws one of each third.
+    size, rest = divmod(total - frames + 1, 3)
+    thirds = [size + (third < rest) for third in range(3)]
+    starts = [sum(thirds[:third]) + (thirds[third] - 1) // 2 if thirds[third] else 0 for third in range(3)]
+    chunks = [start + np.arange(frames) for start in starts]
+    # The whole is shrunken as `torch.nn.functional.interpolate(mode="bilinear")` does it, with its roundings. Without
+    # antialiasing, that takes two frames for one, and so a small part of the log-mel of a long clip.
+    scale = np.float32(total) / np.float32(frames)
+    places = (np.float64(scale) * (np.arange(frames) + 0.5) - 0.5).astype(np.float32).clip(0)
+    below = np.minimum(places.astype(np.int64), total - 1)
+    above = np.minimum(below + 1, total - 1)
+    needed = np.unique(np.concatenate([below, above, *chunks]))
+    mel = _frames(clip, extractor, needed)
+    low, high, *parts = (mel[np.searchsorted(needed, wanted)] for wanted in (below, above, *chunks))
+    share = (places - below.astype(np.float32)).clip(0, 1)[:, None]
+    shrunk = (share * high).astype(np.float64) + (1 - share).astype(np.float64) * low
+    return np.stack([shrunk.astype(np.float32), *parts])
+
+
+def _frames(clip: AudioClip, extractor: Any, needed: np.ndarray) -> np.ndarray:
+    """Return those frames of a clip's log-mel, `(needed, bins)`, from the samples around them."""
+    hop, margin = extractor.hop_length, extractor.fft_window_size // 2 // extractor.hop_length + 1
+    runs = np.split(needed, np.flatnonzero(np.diff(needed) > 2 * margin) + 1)
+    firsts = [max(0, int(run[0]) - margin) for run in runs]
+    stops = [min(clip.samples, (int(run[-1]) + margin) * hop) for run in runs]
+    waveforms = clip.read([(first * hop, stop) for first, stop in zip(firsts, stops, strict=True)])
+    # The frames of the margins lack samples, save at the two ends of the clip, where the extractor reflects it.
+    mels = [
+        _log_mel(waveform, extractor, len(waveform))[0][run - first]
+        for run, first, waveform in zip(runs, firsts, waveforms, strict=True)
+    ]
+    return np.concatenate(mels)
