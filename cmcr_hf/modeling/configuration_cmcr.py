@@ -2,6 +2,7 @@
 """C-MCR configuration: which spaces are connected, through what, and how."""
 
 import math
+import os
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -20,6 +21,13 @@ LEAF_MODALITIES = {
     ("clap", "text"): "audio",
     ("ulip", "text"): "point_cloud",
     ("ulip", "image"): "point_cloud",
+}
+# What the Auto classes of a process without this package load from a saved folder, by the code beside the weights. A
+# connector alone is loaded as the model that it makes with the sources it records.
+AUTO_MAP = {
+    "AutoConfig": "configuration_cmcr.CMCRConfig",
+    "AutoModel": "modeling_cmcr.CMCRModel",
+    "AutoModelForZeroShotImageClassification": "modeling_cmcr.CMCRModel",
 }
 PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "identity")
 
@@ -139,6 +147,11 @@ class CMCRConfig(PreTrainedConfig):
                 defaults[modality] = favourite if favourite in able else able[0]
         self.default_spaces = {**defaults, **(self.default_spaces or {})}
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Save the configuration and its code to a folder, with the map by which the Auto classes find the code."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def _complete_projector(self, space: str, given: dict) -> dict:
         source = self.source_config(space)
         input_dim = given.get("input_dim") or (512 if source is None else source_embedding_dim(source))
@@ -217,6 +230,8 @@ class CMCRConfig(PreTrainedConfig):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must not be negative, and finite, got {getattr(self, name)}.")
 
+
+CMCRConfig.register_for_auto_class("AutoConfig")
 
 # A projector wider than this would ask for more memory than any machine has.
 MAX_DIM = 65536

@@ -7,27 +7,23 @@ only; the training here follows the paper. Layouts of the projectors: the offici
 
 import copy
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput, can_return_tuple, logging
-from transformers.utils.hub import resolve_revision
 
 from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, SPACE_MODALITIES, CMCRConfig, source_embedding_dim
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
+from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source
 
 logger = logging.get_logger(__name__)
-
-# What `from_pretrained` passes on from a connector to its sources; `revision` and `subfolder` are each repository's
-# own.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
 def symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -136,6 +132,10 @@ class CMCRPreTrainedModel(PreTrainedModel):
                 f"{missing[0]!r}. Load a folder written by save_pretrained of this class or of CMCRModel."
             )
         return (model, info) if output_loading_info else model
+
+
+# Every saved folder carries the code of the model, so that it loads where this package is not installed.
+CMCRPreTrainedModel.register_for_auto_class("AutoModel")
 
 
 class CMCRConnector(CMCRPreTrainedModel):
@@ -254,9 +254,19 @@ class CMCRModel(CMCRPreTrainedModel):
 
     input_modalities = ["image", "text", "audio"]  # noqa: RUF012
 
-    def __init__(self, config: CMCRConfig, sources: dict[str, PreTrainedModel] | None = None):
+    def __init__(
+        self,
+        config: CMCRConfig,
+        sources: dict[str, PreTrainedModel] | None = None,
+        modalities: Collection[str] | None = None,
+    ):
         super().__init__(config)
+        self.modalities = _select_modalities(config.spaces, modalities)
+        unused = []
         for space in config.spaces:
+            if not set(self.modalities) & set(SPACE_MODALITIES[space]):
+                unused.append(rf"^{space}\.")
+                continue
             source_config = config.source_config(space)
             if source_config is None:
                 raise ValueError(
@@ -264,7 +274,7 @@ class CMCRModel(CMCRPreTrainedModel):
                     "projectors alone, or CMCRModel.from_sources_pretrained."
                 )
             source = (sources or {}).get(space)
-            source = _build_source(source_config) if source is None else source
+            source = build_source(source_config, self.modalities) if source is None else source
             setattr(self, space, source)
             # One object, so that what is set on either (the attention, say) holds for both.
             setattr(config, f"{space}_config", source.config)
@@ -272,8 +282,29 @@ class CMCRModel(CMCRPreTrainedModel):
         self.post_init()
         # A connector passes over the sources of a full checkpoint; the full model does not.
         inherited = set(CMCRConnector._keys_to_ignore_on_load_unexpected)
-        self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) - inherited
+        ignored = set(self._keys_to_ignore_on_load_unexpected or ()) - inherited
+        self._keys_to_ignore_on_load_unexpected = ignored.union(unused)
         self.train(self.training)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the model whole: sources, connector and the code that loads them.
+
+        Raises:
+            ValueError: the model was loaded without some of its towers, which the folder would lack.
+        """
+        missing = [
+            f"{space} {modality}"
+            for space in self.config.spaces
+            for modality in SPACE_MODALITIES[space]
+            if modality not in self.modalities
+        ]
+        if missing:
+            raise ValueError(
+                f"The model was loaded with modalities={self.modalities}, so a saved one would lack its "
+                f"{', '.join(missing)} towers. Load it without modalities= to save it, or save its connector: "
+                "model.connector.save_pretrained."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True):
         """Set the mode of the connector; frozen sources stay in eval mode and without gradients.
@@ -289,16 +320,23 @@ class CMCRModel(CMCRPreTrainedModel):
 
     @property
     def sources(self) -> dict[str, PreTrainedModel]:
-        """The source models by space."""
-        return {space: getattr(self, space) for space in self.config.spaces}
+        """The loaded source models by space."""
+        return {space: getattr(self, space) for space in self.config.spaces if hasattr(self, space)}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, modalities: Collection[str] | None = None, **kwargs
+    ):
         """Load a full checkpoint, or a connector-only one together with the sources that it records.
 
+        Args:
+            modalities: of `image`, `text` and `audio`, those to load the towers of, all where it is `None`. The other
+                towers are not built, and of safetensors files not read; using one, or saving the model, is an error.
+                `text` means the text towers of all sources.
+
         Raises:
-            ValueError: a projector's or a source's weights are missing, or a connector-only checkpoint records no
-            sources.
+            ValueError: a projector's or a source's weights are missing, a connector-only checkpoint records no
+            sources, or no source has a modality asked for.
         """
         name = str(pretrained_model_name_or_path)
         config = kwargs.get("config")
@@ -306,7 +344,7 @@ class CMCRModel(CMCRPreTrainedModel):
             hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
             config = CMCRConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
         if config.architectures != ["CMCRConnector"]:
-            return cls._load_checked(pretrained_model_name_or_path, *args, **kwargs)
+            return cls._load_checked(pretrained_model_name_or_path, *args, modalities=modalities, **kwargs)
         missing = [space for space in config.spaces if space not in (config.sources or {})]
         if missing:
             raise ValueError(
@@ -319,6 +357,7 @@ class CMCRModel(CMCRPreTrainedModel):
             **{space: config.sources[space]["id"] for space in config.spaces},
             revisions={space: config.sources[space].get("revision") for space in config.spaces},
             connector=connector,
+            modalities=modalities,
             **{
                 key: kwargs[key]
                 for key in (*HUB_ARGUMENTS, "dtype", "device_map", "attn_implementation")
@@ -336,6 +375,7 @@ class CMCRModel(CMCRPreTrainedModel):
         config: dict | None = None,
         revisions: dict[str, str | None] | None = None,
         processor: Any = None,
+        modalities: Collection[str] | None = None,
         **kwargs,
     ) -> "CMCRModel":
         """Build a model from pretrained sources, with a trained connector or a fresh one (random, to be trained).
@@ -346,10 +386,11 @@ class CMCRModel(CMCRPreTrainedModel):
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
             revisions: `{space: revision}` of sources on the Hub.
+            modalities: those to load the towers of, as for `from_pretrained`; a source given as a model stays whole.
             processor: the [`CMCRProcessor`] of the sources, which the check of the connector's fingerprints needs
                 where a source is a loaded model; read from the sources where they are ids or folders.
-            **kwargs: for the sources' `from_pretrained`: `dtype` (default: the connector's, float32 for a fresh one),
-                `device_map`, `attn_implementation`, `token`, ...
+            **kwargs: for the sources' `from_pretrained`: `dtype` (default and `"auto"`: the connector's, float32 for
+                a fresh one), `device_map`, `attn_implementation`, `token`, ...
 
         Raises:
             ValueError: the sources are not those of the connector: a space, a width or a fingerprint differs.
@@ -366,19 +407,24 @@ class CMCRModel(CMCRPreTrainedModel):
                 f"Expected the sources {expected or ['clip', 'clap']}, got {list(given)}. Pass clip= (image-text) and "
                 "clap= (audio-text)."
             )
+        selected = _select_modalities(expected, modalities)
         if trained is not None:
             config = {name: getattr(trained.config, name) for name in CMCRConfig.__annotations__}
 
         # A checkpoint in half precision would else cut the trained projectors to its own.
-        kwargs.setdefault("dtype", torch.float32 if trained is None else trained.dtype)
+        if kwargs.get("dtype") in (None, "auto"):
+            kwargs["dtype"] = torch.float32 if trained is None else trained.dtype
         models: dict[str, PreTrainedModel] = {}
-        records = {}
+        records: dict[str, dict[str, str | None]] = {}
         for space, source in given.items():
             if isinstance(source, PreTrainedModel):
                 models[space] = source
                 continue
+            if not set(selected) & set(SPACE_MODALITIES[space]):
+                records[space] = {"id": os.fspath(source), "revision": (revisions or {}).get(space)}
+                continue
             try:
-                models[space], records[space] = _load_source(source, (revisions or {}).get(space), kwargs)
+                models[space], records[space] = load_source(source, (revisions or {}).get(space), selected, kwargs)
             except OSError as error:
                 raise OSError(
                     f"Cannot load the {space} source {os.fspath(source)!r}. Pass its folder or Hub id as {space}= to "
@@ -402,13 +448,13 @@ class CMCRModel(CMCRPreTrainedModel):
                     f"The connector expects {space} embeddings of width {input_dim}, the source gives {width}. Pass "
                     f"the {space} source that the connector was trained on."
                 )
-        model = cls(model_config, sources=models)
+        model = cls(model_config, sources=models, modalities=modalities)
         if trained is not None:
             model.connector.load_state_dict(trained.state_dict())
         first = next(iter(models.values()))
         model.connector.to(device=first.device, dtype=first.dtype)  # type: ignore[call-arg]
         if trained is not None and model_config.fingerprints:
-            ids = {space: str(record["id"]) for space, record in records.items()}
+            ids = {space: os.fspath(name) for space, name in given.items() if not isinstance(name, PreTrainedModel)}
             if processor is None and len(ids) == len(given):
                 # Imported here, since it is of no use to those who load a full checkpoint.
                 from .processing_cmcr import CMCRProcessor
@@ -433,7 +479,7 @@ class CMCRModel(CMCRPreTrainedModel):
         ]
         for name in self.config.fingerprints:
             space, modality = name.split("_", 1)
-            embeds = fingerprint(self.sources[space], processor, space, modality)
+            embeds = fingerprint(self._source(space, modality), processor, space, modality)
             self.connector.register_buffer(f"fingerprint_{name}", embeds.to(self.connector.logit_scale))
 
     def _check_fingerprints(self, processor: Any, names: dict[str, str]) -> None:
@@ -445,14 +491,24 @@ class CMCRModel(CMCRPreTrainedModel):
             return
         for name in self.config.fingerprints or []:
             space, modality = name.split("_", 1)
+            if modality not in self.modalities:
+                continue
             recorded = self.connector.get_buffer(f"fingerprint_{name}")
             found = fingerprint(self.sources[space], processor, space, modality)
             name = repr(names[space]) if space in names else "The model given"
             check_fingerprint(found, recorded, space, modality, name)
 
+    def _source(self, space: str, modality: str) -> PreTrainedModel:
+        if modality not in self.modalities:
+            raise ValueError(
+                f"The model was loaded with modalities={self.modalities}, without the {modality} tower of {space}. "
+                f"Load it with {modality!r} among its modalities."
+            )
+        return self.sources[space]
+
     def _embed(self, modality: str, space: str | None, inputs: dict) -> BaseModelOutputWithPooling:
         space = self.config.space_of(modality, space)
-        outputs = source_features(self.sources[space], modality, inputs)
+        outputs = source_features(self._source(space, modality), modality, inputs)
         outputs.pooler_output = self.connector.project(outputs.pooler_output, space)
         return outputs
 
@@ -469,7 +525,18 @@ class CMCRModel(CMCRPreTrainedModel):
         Args:
             input_ids: from the tokenizer of the same space: `processor(text=..., space=space)`.
             space: the source to go through; `config.default_spaces["text"]` where it is `None`.
+
+        Raises:
+            ValueError: the texts of a SigLIP are not padded to its length.
         """
+        source_config = self.config.source_config(self.config.space_of("text", space))
+        if source_config is not None and source_config.model_type in ("siglip", "siglip2"):
+            length = source_config.get_text_config().max_position_embeddings
+            if input_ids.shape[1] < length:
+                raise ValueError(
+                    f"Expected texts padded to {length} tokens, as a {source_config.model_type} reads the last one, "
+                    f"got {input_ids.shape[1]}. Prepare them with CMCRProcessor, or with padding='max_length'."
+                )
         return self._embed("text", space, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
 
     @can_return_tuple
@@ -560,33 +627,14 @@ class CMCRModel(CMCRPreTrainedModel):
         return torch.stack([symmetric_info_nce(a.float(), b.float(), scale.float()) for a, b in pairs]).mean()
 
 
-def _build_source(config: PreTrainedConfig) -> PreTrainedModel:
-    config._attn_implementation = _source_attention(config, config._attn_implementation)
-    return AutoModel.from_config(config)
-
-
-def _load_source(
-    source: str | os.PathLike, revision: str | None, kwargs: dict
-) -> tuple[PreTrainedModel, dict[str, str | None]]:
-    """Load a source and return it with the record by which it is found again."""
-    hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
-    revision = resolve_revision(source, revision, **hub)
-    attention = kwargs.get("attn_implementation")
-    if attention is not None:
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        config = AutoConfig.from_pretrained(source, revision=revision, **hub)
-        kwargs = {**kwargs, "attn_implementation": _source_attention(config, attention)}
-    model = AutoModel.from_pretrained(source, **({} if revision is None else {"revision": revision}), **kwargs)
-    return model, {"id": os.fspath(source), "revision": getattr(revision, "resolved", revision)}
-
-
-def _source_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
-    """Return the attention for a source: one request for SDPA reaches every source that has it."""
-    model_class: Any = MODEL_MAPPING[type(config)]
-    if requested == "sdpa" and not model_class._supports_sdpa:
-        logger.warning_once(f"{model_class.__name__} has no SDPA attention and keeps its eager one.")
-        return "eager"
-    return requested
+def _select_modalities(spaces: Iterable[str], modalities: Collection[str] | None) -> list[str]:
+    """Return the modalities to load the towers of: those asked for, else all that the spaces have."""
+    able = list(dict.fromkeys(modality for space in spaces for modality in SPACE_MODALITIES[space]))
+    if modalities is None:
+        return able
+    if not modalities or isinstance(modalities, str) or not set(modalities) <= set(able):
+        raise ValueError(f"Expected modalities as a list of some of {able}, got {modalities!r}.")
+    return list(modalities)
 
 
 __all__ = ["CMCRConnector", "CMCRConnectorOutput", "CMCRModel", "CMCROutput", "CMCRPreTrainedModel", "CMCRProjector"]

@@ -300,6 +300,9 @@ def test_siglip_and_an_unequal_width_connect(tmp_path, tiny_clap):
     assert [projector["input_dim"] for projector in model.config.projectors.values()] == [32, 16]
     output = model(pixel_values=torch.randn(2, 3, 32, 32), input_ids=torch.ones(2, 8, dtype=torch.long))
     assert output.logits_per_image.shape == (2, 2)
+    with pytest.raises(ValueError, match="Expected texts padded to 8 tokens, as a siglip reads the last one, got 3"):
+        model.get_text_features(torch.ones(2, 3, dtype=torch.long))
+    assert model.get_text_features(torch.ones(2, 3, dtype=torch.long), space="clap").pooler_output.shape == (2, 12)
     model.save_pretrained(tmp_path / "saved")
     assert equal_weights(CMCRModel.from_pretrained(tmp_path / "saved"), model)
 
@@ -532,14 +535,17 @@ def test_sources_in_the_wrong_roles_are_refused(tiny_clip, tiny_clap):
         CMCRModel.from_sources_pretrained(clip=tiny_clap, clap=tiny_clip)
 
 
-def test_sources_in_half_precision_do_not_cut_a_trained_connector(model, connector_folder, tiny_clip, tmp_path):
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "auto"}])  # the second is what a pipeline passes
+def test_sources_in_half_precision_do_not_cut_a_trained_connector(
+    model, connector_folder, tiny_clip, tmp_path, arguments
+):
     half, folder = tmp_path / "half", tmp_path / "connector"
     CLIPModel.from_pretrained(tiny_clip, dtype=torch.float16).save_pretrained(half)
     shutil.copytree(connector_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["sources"]["clip"]["id"] = str(half)
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = CMCRModel.from_pretrained(folder)
+    loaded = CMCRModel.from_pretrained(folder, **arguments)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert equal_weights(loaded.connector, model.connector)
 

@@ -1,0 +1,80 @@
+# Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Build and load source encoders, whole or with the towers of some modalities alone."""
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+from transformers.utils.hub import resolve_revision
+
+logger = logging.get_logger(__name__)
+
+# What `from_pretrained` passes on from a connector to its sources; `revision` and `subfolder` are each repository's
+# own.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+# How the two-tower models of transformers name what serves one modality alone; the rest (a logit scale) stays.
+TOWER_PREFIXES = {
+    "image": ("image", "vision", "visual"),
+    "text": ("text",),
+    "audio": ("audio",),
+    "point_cloud": ("point",),
+}
+
+
+def build_source(config: PreTrainedConfig, modalities: Collection[str]) -> PreTrainedModel:
+    """Build the towers of `modalities` of a source, with random weights or on the meta device."""
+    config._attn_implementation = _source_attention(config, config._attn_implementation)
+    source = AutoModel.from_config(config)
+    _remove_other_towers(source, modalities)
+    return source
+
+
+def load_source(
+    source: str | os.PathLike, revision: str | None, modalities: Collection[str], kwargs: dict
+) -> tuple[PreTrainedModel, dict[str, str | None]]:
+    """Load the towers of `modalities` of a source, and return them with the record by which it is found again.
+
+    Of safetensors files the weights of other towers are not read.
+    """
+    revision = resolve_revision(
+        source, revision, **{key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    )
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+    attention = kwargs.get("attn_implementation")
+    if attention is not None:
+        kwargs = {**kwargs, "attn_implementation": _source_attention(config, attention)}
+    source_class: Any = MODEL_MAPPING[type(config)]
+
+    def build(self: PreTrainedModel, *args: Any, **arguments: Any) -> None:
+        source_class.__init__(self, *args, **arguments)
+        _remove_other_towers(self, modalities)
+
+    # Under the name of its base, by which transformers finds how to read old checkpoints.
+    towers: Any = type(source_class.__name__, (source_class,), {"__init__": build, "__module__": __name__})
+    model = towers.from_pretrained(source, **({} if revision is None else {"revision": revision}), **kwargs)
+    model.__class__ = source_class
+    return model, {"id": os.fspath(source), "revision": getattr(revision, "resolved", revision)}
+
+
+def _remove_other_towers(source: PreTrainedModel, modalities: Collection[str]) -> None:
+    for modality, prefixes in TOWER_PREFIXES.items():
+        if modality in modalities:
+            continue
+        for name in [name for name, _ in source.named_children() if name.startswith(prefixes)]:
+            delattr(source, name)
+            ignored = {*(source._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.){name}\."}
+            source._keys_to_ignore_on_load_unexpected = ignored
+
+
+def _source_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """Return the attention for a source: one request for SDPA reaches every source that has it."""
+    model_class: Any = MODEL_MAPPING[type(config)]
+    if requested == "sdpa" and not model_class._supports_sdpa:
+        logger.warning_once(f"{model_class.__name__} has no SDPA attention and keeps its eager one.")
+        return "eager"
+    return requested

@@ -1,0 +1,30 @@
+"""The public names, which transformers' Auto classes know once this is imported, as `import cmcr_hf` does."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .modeling.clap_extraction_cmcr import CMCRFeatureExtractor
+from .modeling.configuration_cmcr import CMCRConfig
+from .modeling.modeling_cmcr import CMCRConnector, CMCRConnectorOutput, CMCRModel, CMCROutput, CMCRProjector
+from .modeling.processing_cmcr import CMCRProcessor
+
+AutoConfig.register("cmcr", CMCRConfig)
+AutoModel.register(CMCRConfig, CMCRModel)
+AutoModelForZeroShotImageClassification.register(CMCRConfig, CMCRModel)
+AutoProcessor.register(CMCRConfig, CMCRProcessor)
+AutoFeatureExtractor.register(CMCRConfig, CMCRFeatureExtractor)
+
+__all__ = [
+    "CMCRConfig",
+    "CMCRConnector",
+    "CMCRConnectorOutput",
+    "CMCRModel",
+    "CMCROutput",
+    "CMCRProcessor",
+    "CMCRProjector",
+]
