@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
+import os
 import shlex
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 from .training.recipe import DataSpec, load_recipe, recipe_names
 
@@ -31,29 +34,35 @@ def main(argv: list[str] | None = None) -> int:
     _add_demo(commands)
     _add_connect(commands)
     _add_evaluate(commands)
+    _add_search(commands)
     arguments = parser.parse_args(argv)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    if arguments.run is not _search:
+        _start_transformers()
+    # What ends a job is told how to go on, as the user at the keyboard is.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments.run(arguments)
     except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         # One line, also of the paragraphs that some libraries raise.
         text = " ".join(str(error).split()) or type(error).__name__
-        if _is_disk_full(error):
-            place = f" for {arguments.output}" if arguments.output is not None else ""
-            text = f"No space left{place}: free space and run again. ({text})"
         print(f"cmcr {arguments.command}: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ncmcr {arguments.command}: stopped. Run the same command to go on.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _is_disk_full(error: Exception) -> bool:
-    # safetensors and torch tell a full disk by their texts alone.
-    texts = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
-    return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in texts)
+def _start_transformers() -> None:
+    """Import transformers, register our classes with it, and have it show neither progress nor remarks."""
+    from transformers.utils import logging
+
+    from . import public  # noqa: F401
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -222,6 +231,109 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(format_table(table))
     if arguments.output is not None:
         write_json(arguments.output, {"model": arguments.model, "metrics": table})
+
+
+def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "search",
+        help="find the sound for a photo, or anything for anything, in a folder",
+        description="Find the files of a folder, or the lines of its .txt files, that are nearest to a query: a text, "
+        "or the path of an image or audio file. What is embedded is kept in an index outside the folder.",
+        epilog="Example: cmcr search --model runs/demo/model --query photo.jpg --only audio sounds",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to search, subfolders included")
+    parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
+    parser.add_argument(
+        "--query",
+        action="append",
+        help="a text or the path of an image or audio file; give it several times for several "
+        "(default: ask, line by line, until the input ends)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=("image", "audio", "text"),
+        help="what to find, where text means the lines of .txt files; give it several times for several "
+        "(default: images and audio)",
+    )
+    parser.add_argument(
+        "--top", type=_positive, default=10, help="hits of each modality for each query (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="also write the hits to this JSON file")
+    parser.add_argument("--html", type=Path, help="also write a page that shows pictures and plays sounds")
+    parser.add_argument(
+        "--index", type=Path, help="folder of the indexes (default: cmcr_hf/search in $XDG_CACHE_HOME or ~/.cache)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.set_defaults(run=_search)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from .output import check_writable, write_json
+    from .search import SearchIndex, read_query
+    from .search.results import (
+        answer_record,
+        format_answer,
+        format_index,
+        format_skipped,
+        printable,
+        write_search_page,
+    )
+
+    for option, path in (("--output", arguments.output), ("--html", arguments.html)):
+        if path is not None:
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder, expected a file for {option}. Name a file in it.")
+            check_writable(path.parent)
+    for query in arguments.query or []:
+        # Before the folder is embedded, which may take long.
+        read_query(query)
+    # What transformers reads when it is imported, which may never be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    answers = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=r"cmcr_hf\.")
+        warnings.showwarning = lambda message, *_: print(f"cmcr search: {printable(message)}", file=sys.stderr)
+        index = SearchIndex(
+            arguments.model,
+            arguments.folder,
+            modalities=arguments.only,
+            cache=arguments.index,
+            batch_size=arguments.batch_size,
+            device=None if arguments.device is None else _device(arguments.device),
+        )
+        index.update()
+        for line in format_skipped(index):
+            print(line, file=sys.stderr)
+        print(format_index(index))
+        for query in arguments.query or _typed():
+            try:
+                answer = index.search(query, top=arguments.top)
+            except ValueError as error:
+                if arguments.query:
+                    raise
+                print(f"cmcr search: {printable(error)}", file=sys.stderr)
+                continue
+            print(format_answer(answer))
+            answers.append(answer)
+    if arguments.output is not None:
+        document = {"model": arguments.model, "folder": str(arguments.folder)}
+        write_json(arguments.output, {**document, "answers": [answer_record(answer) for answer in answers]})
+    if arguments.html is not None:
+        write_search_page(arguments.html, index, answers)
+
+
+def _typed() -> Iterator[str]:
+    """Yield the lines of the standard input, which a person is asked for."""
+    prompt = "\nquery> " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            if line := input(prompt).strip():
+                yield line
 
 
 def _load_model(name: str) -> tuple[CMCRModel, CMCRProcessor]:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from .conversion.hub import model_card
+from .durable import locked, named_write_errors, temporary_path, verify_checksums, write_checksums
 from .evaluation.connection import Metrics, RetrievalSet, baseline_metrics, check_classes, connector_metrics
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
@@ -29,37 +29,78 @@ from .output import (
     STAGE,
     check_output,
     damaged,
-    locked,
     remove_evaluation,
     save,
     write_cards,
     write_json,
 )
+from .pages.page import remove_page
+from .pages.report import write_report
 from .training.aggregate import aggregate
-from .training.data import Items
+from .training.data import Item, Items
 from .training.embed import embed, source_record
-from .training.recipe import EvaluateSpec, Recipe, TrainSpec, load_recipe, recipe_names
+from .training.recipe import DataSpec, EvaluateSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
-from .training.train import ConnectorTrainingArguments, train_connector
+from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector
 
 # Native pair first, then the pseudo pair: the order in which the training script reports them.
 TRAINING_STORES = ("stores/clip-text", "stores/clap-text", "pseudo/clip-image", "pseudo/clap-audio")
+_RUN = re.compile("_runtime$|_per_second$")
+REPORT = "report.html"
 
 
 @dataclass
 class Connection:
-    """What `connect` made: the folder, the model in it, and, where the recipe evaluates, the items and the table."""
+    """What `connect` made: the folder, the model in it, and, where the recipe evaluates, the items and the table.
+
+    Args:
+        media: behind the rows of `items`, by modality; the value of one that is no file is None.
+        data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
+    """
 
     recipe: Recipe
     folder: Path
     model: CMCRModel
     items: RetrievalSet | None
+    media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
+    data: list[dict[str, Any]]
 
     def training_embeds(self) -> dict[str, torch.Tensor]:
         """Return the row-aligned embeddings of the training: `{"{space}_{modality}": (texts, dim)}`."""
         stores = [EmbeddingStore.open(self.folder / name) for name in TRAINING_STORES]
         return {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+
+    def write_report(
+        self, table: dict[str, Metrics], spread: dict[str, Metrics] | None = None, command: str | None = None
+    ) -> Path:
+        """Write the page `report.html` (see `cmcr_hf.report.write_report`) of a table that has a row `C-MCR`.
+
+        Raises:
+            ValueError: the recipe does not evaluate.
+        """
+        spec = self.recipe.evaluate
+        if self.items is None or spec is None:
+            raise ValueError("The connection was not evaluated: give its recipe an evaluate section.")
+        tests = [
+            _entry(part, f"{modality} to test with", len(self.media[modality]))
+            for modality, part in (("audio", spec.audio), ("image", spec.image))
+        ]
+        log, path = self.folder / "train" / "log.json", self.folder / REPORT
+        history = json.loads(log.read_text(encoding="utf-8"))["history"] if log.is_file() else []
+        write_report(
+            path,
+            self.recipe,
+            self.model.connector,
+            self.items,
+            self.media,
+            table,
+            spread=spread,
+            data=[*self.data, *tests],
+            history=history,
+            command=command,
+        )
+        return path
 
 
 def connect(
@@ -75,15 +116,16 @@ def connect(
     """Connect two spaces as a recipe says, in a folder of their own.
 
     Written below `folder`: `stores/` and `pseudo/` (embeddings), `train/` (checkpoints and log), `connector/` (the
-    trained part alone), `model/` (everything, for `CMCRModel.from_pretrained`), `evaluation.json`. Run it again to go
-    on where it was stopped. One run at a time may use the folder.
+    trained part alone), `model/` (everything, for `CMCRModel.from_pretrained`), and, where the recipe evaluates,
+    `evaluation.json` and the page `report.html`. Run it again to go on where it was stopped. One run at a time may use
+    the folder.
 
     Args:
         data_root: folder that the recipe's relative paths are relative to.
         batch_size: items embedded at once.
         report: takes a line about each stage.
-        command: what the model card names as the way to make its results; `cmcr connect NAME` for a recipe of the
-            package.
+        command: what the model card and the page name as the way to make the results; `cmcr connect NAME` for a recipe
+            of the package.
 
     Raises:
         ValueError: bad recipe or data, or `folder` holds results of other inputs or files of somebody else, cannot be
@@ -93,7 +135,7 @@ def connect(
     check_output(folder, recipe)
     # All data and classes first: what is wrong with them should not be found behind hours of work.
     data = {modality: Items(getattr(recipe, modality), modality, data_root) for modality in ("text", "image", "audio")}
-    held_back, labels = _held_back(recipe.evaluate, data_root)
+    held_back, media = _held_back(recipe.evaluate, data_root)
     _check_training(recipe, len(data["text"]))
     sources = recipe.sources
     report(f"sources: {sources['clip'].id} (CLIP), {sources['clap'].id} (CLAP)")
@@ -132,7 +174,7 @@ def connect(
             done(f"{store.rows} texts over {memory.rows} {memory.modality} items in {store.folder}")
         return store
 
-    with locked(folder):
+    with locked(folder), named_write_errors(folder):
         text_clip = embedded("clip-text", "clip", data["text"])
         # A streamed data set tells its number of texts only now.
         _check_training(recipe, text_clip.rows)
@@ -150,12 +192,13 @@ def connect(
         items = table = None
         if not held_back:
             remove_evaluation(folder / "evaluation.json")
+            remove_page(folder / REPORT)
         else:
             items = RetrievalSet(
                 audio=embedded("evaluate-clap-audio", "clap", held_back["audio"]).tensor(),
                 image=embedded("evaluate-clip-image", "clip", held_back["image"]).tensor(),
-                audio_labels=labels["audio"],
-                image_labels=labels["image"],
+                audio_labels=[str(item.label) for item in media["audio"]],
+                image_labels=[str(item.label) for item in media["image"]],
                 text_clap=text_clap.tensor(),
                 text_clip=text_clip.tensor(),
             )
@@ -166,8 +209,14 @@ def connect(
                 table = {**baseline_metrics(items), "C-MCR": connector_metrics(model.connector, items)}
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
                 done(f"{len(items.audio)} clips x {len(items.image)} images in {folder / 'evaluation.json'}")
-        write_cards(folder, _card(recipe, model.config, data, table, command), report)
-    return Connection(recipe, folder, model, items, table)
+        command = command or _command(recipe)
+        entries = _entries(recipe, data)
+        write_cards(folder, _card(recipe, model.config, entries, table, command), report)
+        connection = Connection(recipe, folder, model, items, media, table, entries)
+        if table is not None:
+            with _stage("report", report) as done:
+                done(str(connection.write_report(table, command=command)))
+    return connection
 
 
 def _check_training(recipe: Recipe, rows: int) -> None:
@@ -198,27 +247,35 @@ def _shown(name: str) -> str:
     return path.name if path.is_absolute() or ".." in path.parts else name
 
 
+def _command(recipe: Recipe) -> str | None:
+    """Return the command that runs a recipe of the package, None of another or a changed one."""
+    ours = recipe.name in recipe_names() and load_recipe(recipe.name) == recipe
+    return f"cmcr connect {recipe.name}" if ours else None
+
+
+def _entries(recipe: Recipe, data: dict[str, Items]) -> list[dict[str, Any]]:
+    """Describe the training data of a recipe for a reader, entry by entry."""
+    roles = {"text": "the texts that connect", "image": "image memory", "audio": "audio memory"}
+    return [
+        _entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit)
+        for modality, role in roles.items()
+        for spec in getattr(recipe, modality)
+    ]
+
+
+def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
+    name = _shown(spec.dataset or spec.folder or spec.table or "")
+    return {"name": name, "role": role, "rows": rows, "licence": spec.licence}
+
+
 def _card(
     recipe: Recipe,
     config: CMCRConfig,
-    data: dict[str, Items],
+    entries: list[dict[str, Any]],
     table: dict[str, Metrics] | None,
     command: str | None,
 ) -> str:
     """Return the text of the model card: sources, data and settings of the recipe, and the table if there is one."""
-    if command is None and recipe.name in recipe_names() and load_recipe(recipe.name) == recipe:
-        command = f"cmcr connect {recipe.name}"
-    roles = {"text": "the texts that connect", "image": "image memory", "audio": "audio memory"}
-    entries = [
-        {
-            "name": _shown(spec.dataset or spec.folder or spec.table or ""),
-            "role": roles[modality],
-            "rows": len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit,
-            "licence": spec.licence,
-        }
-        for modality in roles
-        for spec in getattr(recipe, modality)
-    ]
     settings = {
         "objective": config.objective,
         "temperatures": {
@@ -249,24 +306,25 @@ def _card(
     return str(card)
 
 
-def _held_back(spec: EvaluateSpec | None, data_root: Path) -> tuple[dict[str, Items], dict[str, list[str]]]:
-    """Read the evaluation items and the classes of both sides; nothing where the recipe does not evaluate."""
+def _held_back(spec: EvaluateSpec | None, data_root: Path) -> tuple[dict[str, Items], dict[str, list[Item]]]:
+    """Read the evaluation items and list them with their classes; nothing where the recipe does not evaluate."""
     if spec is None:
         return {}, {}
     items = {"image": Items([spec.image], "image", data_root), "audio": Items([spec.audio], "audio", data_root)}
-    labels: dict[str, list[str]] = {}
+    media: dict[str, list[Item]] = {}
     for modality, part in items.items():
-        labels[modality] = []
+        media[modality] = []
         for item in part:
             if item.label is None:
                 raise ValueError(
                     f"The item {item.key!r} of evaluate.{modality} has no class. Fill its label or drop it."
                 )
-            labels[modality].append(item.label)
-    check_classes(labels["audio"], labels["image"])
+            # Of what is streamed, the names alone, whatever its size.
+            media[modality].append(replace(item, value=item.value if isinstance(item.value, Path) else None))
+    check_classes(*([str(item.label) for item in media[modality]] for modality in ("audio", "image")))
     if spec.names is not None:
         items["names"] = Items([spec.names], "text", data_root)
-    return items, labels
+    return items, media
 
 
 def _load_sources(recipe: Recipe) -> CMCRModel:
@@ -342,53 +400,44 @@ def _train(
                 if found[part].get(name) != values.get(name)
             ]
             # A run that ended before its first checkpoint has nothing to lose to a corrected recipe.
-            begun = complete or any(path.name not in (STAGE, f".{STAGE}.tmp") for path in folder.iterdir())
+            begun = complete or any(path not in (state, temporary_path(state)) for path in folder.iterdir())
             if differing and begun:
                 raise ValueError(
                     f"{folder} holds a training run with other {', '.join(differing)}. Use another output folder, or "
                     "delete this one."
                 )
             if complete:
-                connector = _load_connector(folder / "connector", f"Delete the folder {folder}")
+                try:
+                    verify_checksums(folder / "connector")
+                except ValueError as error:
+                    raise damaged(folder / "connector", error, f"Delete the folder {folder}") from error
+                connector = CMCRConnector.from_pretrained(folder / "connector")
                 done(f"kept, in {folder}")
                 return connector
-        elif folder.exists() and any(path.name != f".{STAGE}.tmp" for path in folder.iterdir()):
+        elif folder.exists() and any(path != temporary_path(state) for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no training run. Use another output folder, or delete this one."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(state, {"key": key, "complete": False})
         args = training_arguments(spec, folder, device)
-        args.resume_from_checkpoint = _last_checkpoint(folder)
+        args.resume_from_checkpoint = last_checkpoint(folder)
         embeds = {f"{store.space}_{store.modality}": store.tensor() for store in stores}
         # Trainer writes into the configuration it is given, so a run that is kept would save another one.
         connector, history = train_connector(
             deepcopy(config), embeds, args, validation_rows=spec.validation_rows, log_lines=False
         )
+        shutil.rmtree(folder / "connector", ignore_errors=True)
         connector.save_pretrained(folder / "connector")
-        write_json(folder / "log.json", {"history": history})
+        write_checksums(folder / "connector")
+        # Without what tells of the run: its seconds, and means that count from its last interruption.
+        log = [{name: value for name, value in entry.items() if not _RUN.search(name)} for entry in history]
+        write_json(folder / "log.json", {"history": [entry for entry in log if {"loss", "eval_loss"} & entry.keys()]})
         write_json(state, {"key": key, "complete": True})
         terms = next(entry for entry in reversed(history) if "loss_overlap" in entry)
         losses = ", ".join(f"{name} {terms[name]:.3f}" for name in ("loss", "loss_overlap", "loss_leaf", "loss_intra"))
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")
         return connector
-
-
-def _load_connector(folder: Path, remedy: str) -> CMCRConnector:
-    try:
-        return CMCRConnector.from_pretrained(folder)
-    # A file that is cut off or gone, or, deep inside, a configuration of the wrong shape.
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:
-        raise damaged(folder, error, remedy) from error
 
 
 def training_arguments(spec: TrainSpec, folder: Path, device: str) -> ConnectorTrainingArguments:
@@ -403,18 +452,6 @@ def training_arguments(spec: TrainSpec, folder: Path, device: str) -> ConnectorT
         seed=spec.seed,
         use_cpu=device == "cpu",
     )
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint that was written to its end, and remove later ones."""
-    while (checkpoint := get_last_checkpoint(str(folder))) is not None:
-        try:
-            # What Trainer writes last, in place.
-            json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            return checkpoint
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)
-    return None
 
 
 @contextmanager

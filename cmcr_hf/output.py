@@ -6,19 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .modeling.modeling_cmcr import CMCRModel
-from .modeling.processing_cmcr import CMCRProcessor
-from .training.recipe import Recipe
+from .durable import clear_replacement, replace_folder, sha256, temporary_path, write_durably
 
-try:
-    import fcntl
-except ImportError:  # Windows has none: there, nothing keeps a second run out of the folder.
-    fcntl = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from .modeling.modeling_cmcr import CMCRModel
+    from .modeling.processing_cmcr import CMCRProcessor
+    from .training.recipe import Recipe
 
 # Files of ours, which tell the folder from somebody else's.
 STAGE = "stage.json"
@@ -56,32 +54,6 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"The folder {nearest} cannot be written. Change its permissions, or use another output path."
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock ends with the process, however that ends."""
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise ValueError(
-            f"Cannot write {path}: {error.strerror}. Change the folder's permissions, or use another output path."
-        ) from error
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another run is using {folder}. Wait for its end, or use another output folder."
-                ) from error
-            except OSError as error:
-                raise ValueError(
-                    f"Cannot lock {path}: {error.strerror}. Use an output folder on another file system."
-                ) from error
-        yield
 
 
 def damaged(path: Path, error: Exception, remedy: str) -> ValueError:
@@ -129,18 +101,17 @@ def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
     write_json(state, {**saved, "connector": None})
     written: dict[str, str | None] = {}
     for name, part in zip(PARTS, (model.connector, model), strict=True):
-        temporary, old = folder / f".{name}.tmp", folder / f".{name}.old"
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = temporary_path(folder / name)
+        clear_replacement(folder / name)
         part.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         written |= {f"{name}/{path.relative_to(temporary).as_posix()}": _sha256(path) for path in paths}
         if (folder / name).exists():
-            _copy_others(folder / name, temporary, {*files, f"{name}/{CARD}"})
-            (folder / name).rename(old)
-        temporary.rename(folder / name)
-        shutil.rmtree(old, ignore_errors=True)
+            card = f"{name}/{CARD}"
+            edited = _sha256(folder / card) != saved.get("cards", {}).get(name)
+            _copy_others(folder / name, temporary, {*files} if edited else {*files, card})
+        replace_folder(folder / name)
     write_json(state, {**key, "files": written, "cards": {}})
     return False
 
@@ -156,10 +127,7 @@ def _copy_others(part: Path, temporary: Path, ours: set[str]) -> None:
 
 def _sha256(path: Path) -> str | None:
     """Return the sha256 of a file in hexadecimal, None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path) if path.is_file() else None
 
 
 def write_cards(folder: Path, card: str, report: Callable[[str], None]) -> None:
@@ -197,9 +165,4 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_durably(path, text.encode())

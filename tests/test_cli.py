@@ -233,7 +233,7 @@ def test_connect_names_the_folder_whose_disk_is_full(recipe, tmp_path, capsys, m
 
     monkeypatch.setattr("cmcr_hf.connect.train_connector", full)
     assert main(["connect", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert f"No space left for {tmp_path / 'out'}: free space and run again." in complaint(capsys)
+    assert f"Cannot write to {tmp_path / 'out'}: No space left on device. Free space and" in complaint(capsys)
 
 
 def test_an_error_of_torch_is_one_line(recipe, tmp_path, capsys, monkeypatch):

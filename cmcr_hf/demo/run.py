@@ -84,6 +84,7 @@ def _run_demo(
             if len(results) > 1:
                 spread[name] = deviation
     write_json(folder / "demo.json", {"synthetic": True, "mean": table, "standard_deviation": spread})
+    page = connection.write_report(table, spread, f"cmcr demo --seeds {seeds} --derangements {derangements}")
     pictures, sounds = len(connection.items.image), len(connection.items.audio)
     report(
         f"\nClass-level retrieval among {pictures} pictures and {sounds} sounds of {len(set(concepts))} concepts, "
@@ -91,6 +92,7 @@ def _run_demo(
     )
     report(format_table(table, spread))
     report(NOTES)
+    report(f"Look at it: {page}")
     report(f'Load it: CMCRModel.from_pretrained("{folder / "model"}")')
     return table, spread
 

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from transformers.utils.hub import resolve_revision
-
 from .recipe import DataSpec
 
 HUB_DATASETS = "hf://datasets/"
@@ -223,6 +221,9 @@ def _pinned_address(address: str) -> str:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
+    # Not with the module: the import of transformers takes seconds, which a folder's listing can do without.
+    from transformers.utils.hub import resolve_revision
+
     resolved = resolve_revision(name, revision, repo_type="dataset")
     return getattr(resolved, "resolved", resolved)
 

@@ -36,7 +36,7 @@ def encode(
         values: texts, images or audio, as [`CMCRProcessor`] takes them.
         space: `clip` or `clap`, the role of the source.
     """
-    features = _features(processor, modality, values, space).to(source.device)
+    features = prepare(processor, modality, values, space).to(source.device)
     return normalize(source_features(source, modality, features).pooler_output.float())
 
 
@@ -100,7 +100,7 @@ def _named(
     """Return the error of the first item of a batch that the processor refuses, with the item's key."""
     for item in batch:
         try:
-            _features(processor, modality, [item.value], space)
+            prepare(processor, modality, [item.value], space)
         except ValueError as cause:
             return ValueError(f"{cause} (item {item.key!r})")
     return error
@@ -119,16 +119,15 @@ def encode_items(
     embeds = []
     with tqdm(total=len(items) or None, desc=items.modality, unit="item", disable=not progress) as bar:
         while batch := list(itertools.islice(rows, batch_size)):
-            features = _features(processor, items.modality, [item.value for item in batch]).to(model.device)
+            features = prepare(processor, items.modality, [item.value for item in batch]).to(model.device)
             outputs = getattr(model, f"get_{items.modality}_features")(**features)
             embeds.append(outputs.pooler_output.float().cpu())
             bar.update(len(batch))
     return torch.cat(embeds)
 
 
-def _features(
-    processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None
-) -> BatchFeature:
+def prepare(processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None) -> BatchFeature:
+    """Return the inputs of a model for texts, images or audio."""
     if modality == "text":
         return processor(text=list(values), space=space)
     return processor(images=list(values)) if modality == "image" else processor(audio=list(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import types
@@ -16,8 +17,6 @@ from typing import Any
 
 import yaml
 
-from ..modeling.configuration_cmcr import CMCRConfig
-
 # What a data entry may say beside `limit`, `template`, `licence` and `note`, which go with each of the three.
 DATA_OPTIONS = {
     "folder": {"pattern", "label"},
@@ -26,10 +25,9 @@ DATA_OPTIONS = {
 }
 # The counts that `cmcr demo` may be told.
 WORLD_COUNTS = ("images", "sounds", "texts", "test_images", "test_sounds")
-# A recipe names its sources under `sources`, and their configurations come with them.
-CONNECTOR_FIELDS = [
-    name for name in CMCRConfig.__annotations__ if name not in ("clip_config", "clap_config", "sources")
-]
+# What no recipe comes near: beyond it, a file is another one or means harm.
+MAX_BYTES = 2**20
+MAX_VALUES = 10_000
 
 
 @dataclass
@@ -171,9 +169,14 @@ class Recipe:
         for modality in ("text", "image", "audio"):
             if not getattr(self, modality):
                 raise ValueError(f"expected at least one data entry under {modality}.")
-        # CMCRConfig itself keeps unknown fields in silence, as every configuration of transformers does.
-        _check_keys(self.connector, CONNECTOR_FIELDS, "connector")
+        # Not with the module: the import of transformers takes seconds, which a command's help can do without.
+        from ..modeling.configuration_cmcr import CMCRConfig
+
         hints = CMCRConfig.__annotations__
+        # A recipe names its sources under `sources`, and their configurations come with them.
+        known = [name for name in hints if name not in ("clip_config", "clap_config", "sources")]
+        # CMCRConfig itself keeps unknown fields in silence, as every configuration of transformers does.
+        _check_keys(self.connector, known, "connector")
         self.connector = {
             name: _build(hints[name], value, f"connector.{name}") for name, value in self.connector.items()
         }
@@ -195,19 +198,27 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
         ValueError: there is no such recipe, or it is not valid; the message names the file and the key.
     """
     path = Path(name_or_path)
-    if not path.suffix and not path.is_file():
+    if not path.suffix and not os.path.isfile(path):
         path = Path(str(files("cmcr_hf") / "recipes" / f"{name_or_path}.yaml"))
-        if not path.is_file():
+        if not os.path.isfile(path):
             names = ", ".join(recipe_names())
             raise ValueError(
                 f"There is no recipe {os.fspath(name_or_path)!r}. Use one of the package ({names}) or a path to a "
                 "YAML file."
             )
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"The recipe {path} is larger than {MAX_BYTES} bytes. Check the path.")
+    try:
+        document = yaml.load(content.decode(), _Loader)
+    except RecursionError as error:
+        raise ValueError(f"The recipe {path} is nested too deeply.") from error
+    # PyYAML raises the latter where a value does not fit its tag, such as a date of a 13th month.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"The recipe {path} is not valid YAML: {error}") from error
     try:
         recipe: Recipe = _build(Recipe, document, "")
@@ -215,13 +226,19 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
         raise ValueError(f"In the recipe {path}: {error}") from error
     for source in recipe.sources.values():
         folder = path.parent / source.id
-        if folder.is_dir():
+        if os.path.isdir(folder):
             source.id = str(folder.resolve())
     return recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key given twice: YAML's own keeps the last one in silence."""
+    """A loader that refuses a key given twice, of which YAML's own keeps the last, and aliases without end."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _count_values(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MAX_VALUES} values, aliases written out.")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -235,18 +252,38 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _count_values(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Count the values that a node stands for where each alias is written out; without end if it holds itself."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = itertools.chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in parts)
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
+
+
+def _shown(value: object) -> str:
+    """Return a value for the line of an error."""
+    try:
+        return f"{value!r:.200}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def _check_keys(given: dict[str, Any], known: Collection[str], where: str) -> None:
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+            close = difflib.get_close_matches(_shown(key).strip("'"), known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}."
-            raise ValueError(f"unknown key {key!r}{f' in {where}' if where else ''}. {hint}")
+            raise ValueError(f"unknown key {_shown(key)}{f' in {where}' if where else ''}. {hint}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Turn parsed YAML into the annotated type, with errors that name the place; the whole recipe's place is empty."""
     place = where or "the recipe"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"expected {place} to fit into 64 bits, got {_shown(value)}.")
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -258,7 +295,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and kind is SourceSpec:
             value = {"id": value}
         if not isinstance(value, dict):
-            raise ValueError(f"expected {place} to be a mapping, got {value!r}.")
+            raise ValueError(f"expected {place} to be a mapping, got {_shown(value)}.")
         known = {entry.name: entry for entry in fields(kind)}
         hints = typing.get_type_hints(kind)
         _check_keys(value, known, where)
@@ -272,7 +309,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: {error}" if where else str(error)) from error
     if origin in (list, dict):
         if not isinstance(value, origin):
-            raise ValueError(f"expected {place} to be a {'list' if origin is list else 'mapping'}, got {value!r}.")
+            raise ValueError(
+                f"expected {place} to be a {'list' if origin is list else 'mapping'}, got {_shown(value)}."
+            )
         if isinstance(value, list):
             return [_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
         return {str(key): _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
@@ -285,5 +324,5 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         with suppress(ValueError):
             return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"expected {place} to be of type {kind.__name__}, got {value!r}.")
+        raise ValueError(f"expected {place} to be of type {kind.__name__}, got {_shown(value)}.")
     return value

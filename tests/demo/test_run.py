@@ -54,9 +54,21 @@ def test_the_report_says_that_the_data_is_synthetic_and_where_the_model_is(small
     folder, table, _, report = small_demo
     assert "SYNTHETIC" in report
     assert f'CMCRModel.from_pretrained("{folder / "model"}")' in report
+    assert f"Look at it: {folder / 'report.html'}" in report
     written = json.loads((folder / "demo.json").read_text())
     assert written["synthetic"] is True
     assert written["mean"] == table
+
+
+def test_the_page_of_the_demo_shows_seeds_null_sounds_and_pictures(small_demo):
+    html = (small_demo[0] / "report.html").read_text(encoding="utf-8")
+    assert "Everything on this page is synthetic" in html
+    assert "cmcr demo --seeds 2 --derangements 2" in html
+    value = small_demo[1]["null, 2 derangements"]["audio_to_image"]["mAP"]
+    assert f"The null reaches {value:.3f} ±" in html
+    assert html.count("data:audio/mpeg;base64,") == 12
+    assert html.count("data:image/jpeg;base64,") == 60
+    assert len(html) < 3_000_000
 
 
 def test_the_model_of_the_demo_loads(small_demo):

@@ -12,7 +12,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
-from cmcr_hf.training import data
 from cmcr_hf.training.data import Items
 from cmcr_hf.training.recipe import DataSpec
 
@@ -508,7 +507,7 @@ def test_a_hub_data_set_is_read_at_the_commit_that_its_fingerprint_names(tmp_pat
         asked.append((name, repo_type))
         return Resolved(revision)
 
-    monkeypatch.setattr(data, "resolve_revision", resolve_revision)
+    monkeypatch.setattr("transformers.utils.hub.resolve_revision", resolve_revision)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     items = Items([DataSpec(column="text", **spec)], "text", tmp_path)
     assert opened == {**opened_as, "split": "train", "streaming": True}
