@@ -4,7 +4,7 @@ BIN := .venv/bin
 FOLDERS := $(wildcard cmcr_hf tests benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench wheel clean
+.PHONY: help demo test test-slow matrix lint format bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ test: .venv/.installed ## run the fast tests
 
 test-slow: .venv/.installed ## run the slow tests, and only these
 	$(BIN)/python -m pytest -q -m slow
+
+matrix: ## run the fast tests under each supported Python that is here, and with the lowest versions allowed
+	.ci/matrix
 
 lint: .venv/.installed ## check style, format and types
 	$(BIN)/ruff check $(FOLDERS)
@@ -34,7 +37,7 @@ wheel: .venv/.installed ## build the sdist, and from it the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove the environment, the builds and the caches
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .matrix dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(FOLDERS) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
