@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from cmcr_hf import connect as walk
 from cmcr_hf import output
 from cmcr_hf.connect import connect
+from cmcr_hf.durable import locked
 from cmcr_hf.evaluation.connection import connector_metrics
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
@@ -206,6 +207,7 @@ STOPS = {
     "evaluation": (walk, "baseline_metrics", 0),
     "record of the saved folders": (output, "write_json", 1),
     "evaluation file": (walk, "write_json", 3),
+    "page": (walk, "write_report", 0),
     "second card": (output, "_write_text", 7),
     "record of the cards": (output, "write_json", 2),
 }
@@ -531,12 +533,10 @@ def test_the_card_names_the_command_it_is_given_and_no_absolute_path(recipe, dat
     assert str(data) not in card
 
 
-def test_only_an_unchanged_recipe_of_the_package_is_named_as_the_command(finished):
+def test_only_an_unchanged_recipe_of_the_package_is_named_as_the_command():
     demo = load_recipe("demo")
-    data = {modality: getattr(finished.recipe, modality) for modality in ("text", "image", "audio")}
-    for recipe, expected in ((demo, True), (replace(demo, aggregate_temperature=0.5), False)):
-        card = walk._card(recipe, finished.model.config, data, finished.table, None)
-        assert ("cmcr connect demo\n" in card) == expected
+    assert walk._command(demo) == "cmcr connect demo"
+    assert walk._command(replace(demo, aggregate_temperature=0.5)) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 5}', '{"key": {"stores": 1}}'])
@@ -600,14 +600,29 @@ def test_an_output_that_cannot_be_written_is_named(recipe, data, tmp_path, monke
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(recipe, data, copy):
-    with output.locked(copy), pytest.raises(ValueError, match=f"another run is using {copy}"):
+    with locked(copy), pytest.raises(ValueError, match=f"another run is using {copy}"):
         connect(recipe, copy, data)
     connect(recipe, copy, data)
+
+
+def test_the_page_has_the_terms_of_the_loss_and_the_test_data(finished):
+    html = (finished.folder / "report.html").read_text(encoding="utf-8")
+    for term in ("loss", "loss_overlap", "loss_leaf", "loss_intra"):
+        assert f">{term}</code>" in html
+    assert '<th scope="row">test_sounds</th><td>audio to test with</td><td>6</td>' in html
+    assert html.count("data:audio/mpeg;base64,") == 6
+
+
+def test_the_same_run_writes_the_same_page(recipe, data, copy):
+    before = (copy / "report.html").read_bytes()
+    connect(recipe, copy, data)
+    assert (copy / "report.html").read_bytes() == before
 
 
 def test_metrics_of_a_former_run_do_not_outlive_the_evaluate_section(recipe, data, copy):
     connect(replace(recipe, evaluate=None), copy, data)
     assert not (copy / "evaluation.json").exists()
+    assert not (copy / "report.html").exists()
     assert "No evaluation is recorded" in (copy / "model" / "README.md").read_text()
 
 

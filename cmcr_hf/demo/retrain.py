@@ -10,13 +10,14 @@ import argparse
 import json
 import logging
 import os
-import shutil
-import tempfile
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..durable import clear_replacement, named_write_errors, replace_folder, temporary_path, write_durably
 from ..evaluation.retrieval import chance, label_retrieval
 from .captions import concept_phrase, image_caption, sound_caption
 from .concepts import CONCEPTS
@@ -70,16 +72,29 @@ def retrain(
     `pictures`, `sounds` and `held_out` are counts for each concept, the last one of each kind for the figures. The
     weights are float16; the figures are of the written weights, loaded back as float32. Training items, figure items
     and the files of a world come from different random streams. The result is the same for the same seed on one
-    machine. Each encoder trains in a process of its own with one thread.
+    machine. Each encoder trains in a process of its own with one thread. A run that is stopped leaves what is in
+    `output` as it was, but for an encoder that is done; the next one begins anew.
 
     Returns the content of `figures.json`.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with _one_thread_each(), ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        clip = pool.submit(_train_clip, output / "clip", seed, pictures, clip_steps)
-        clap = pool.submit(_train_clap, output / "clap", seed, sounds, clap_steps)
-        minutes = {"clip": round(clip.result(), 1), "clap": round(clap.result(), 1)}
+    context = get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    with (
+        reader,
+        writer,
+        _one_thread_each(),
+        ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent, initargs=(reader,)) as pool,
+    ):
+        try:
+            clip = pool.submit(_train_clip, output / "clip", seed, pictures, clip_steps)
+            clap = pool.submit(_train_clap, output / "clap", seed, sounds, clap_steps)
+            minutes = {"clip": round(clip.result(), 1), "clap": round(clap.result(), 1)}
+        except BaseException:
+            # Ends the other one too, which would train on.
+            writer.close()
+            raise
     figures = {
         "data": "trained on synthetic data",
         "seed": seed,
@@ -91,13 +106,20 @@ def retrain(
         "minutes": minutes,
         **measure(output, seed=seed, held_out=held_out),
     }
-    temporary = output / ".figures.json"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(figures, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(output / "figures.json")
+    write_durably(output / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
+
+
+def _end_with_parent(reader: Connection) -> None:
+    """Leave Ctrl-C to the parent process, and end when that ends, in whatever way, or closes its end of the pipe."""
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            reader.recv_bytes()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
@@ -434,23 +456,13 @@ def _info_nce(logits: torch.Tensor, captions: list[str]) -> torch.Tensor:
 
 
 def _save(folder: Path, model: Any, tokenizer: Any, processor: Any) -> None:
-    """Write the parts to a temporary sibling and rename it, so that the folder is whole or as it was."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        new = temporary / "new"
-        # transformers and tokenizers write these files themselves, so each is fsynced after the fact.
-        model.half().save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        processor.save_pretrained(new)
-        for path in new.iterdir():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(temporary / "old")
-        new.rename(folder)
-    finally:
-        shutil.rmtree(temporary)
+    """Write the parts under a temporary name first, so that the folder is whole or as it was."""
+    new = temporary_path(folder)
+    clear_replacement(folder)
+    with named_write_errors(folder.parent):
+        for part in (model.half(), tokenizer, processor):
+            part.save_pretrained(new)
+        replace_folder(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

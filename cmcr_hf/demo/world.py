@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from ..durable import clear_replacement, locked, named_write_errors, replace_folder, temporary_path
 from .captions import concept_phrase, text
 from .concepts import CONCEPTS
 from .drawing import draw
@@ -23,6 +24,8 @@ from .synthesis import SAMPLING_RATE, synthesise
 # Raise it with every change of what a seed gives.
 GENERATOR_VERSION = 1
 _MARKER = "world.json"
+# The start of 2025 in seconds: the files of a world are dated within half a year from it, by its description.
+_EPOCH = 1735689600
 
 
 def stream(seed: int, split: str, concept: str, index: int) -> np.random.Generator:
@@ -56,8 +59,10 @@ def write_world(
 
     Layout: `images/<concept>/0000.png`, `sounds/<concept>/0000.wav` (16 kHz, PCM16), the same under `test_images` and
     `test_sounds`, `texts.csv` and `names.csv` (columns text, concept), and `world.json`. Every picture and sound is a
-    function of seed, split, concept and index alone. The folder appears complete or not at all. ValueError,
-    and nothing is touched, if the folder holds a world of another description or anything else.
+    function of seed, split, concept and index alone, and its change time one of the description, so that a world that
+    is written again counts as the same data. The folder appears complete or not at all. ValueError, and nothing is
+    touched, if the folder holds a world of another description or anything else, or if another process uses the
+    folder above it; OSError if the disk is full or not writable.
 
     Returns the folder.
     """
@@ -79,29 +84,42 @@ def write_world(
         "synthetic": True,
     }
     folder = Path(folder)
+    if _is_there(folder, description):
+        return folder
+    with locked(folder.parent):
+        # Again: another process may have written it since.
+        if not _is_there(folder, description):
+            _write(folder, description, seed, counts)
+    return folder
+
+
+def _is_there(folder: Path, description: dict[str, object]) -> bool:
+    """Tell a complete world from an absent one; ValueError where there is something else."""
     marker = folder / _MARKER
     if marker.is_file():
         if marker.read_text(encoding="utf-8") == _described(description):
-            return folder
+            return True
         raise ValueError(f"{folder} holds a world of another description. Pass another folder, or delete this one.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected {folder} to be absent, empty or a world, got other files. Pass another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    return False
+
+
+def _write(folder: Path, description: dict[str, object], seed: int, counts: dict[str, int]) -> None:
+    new = temporary_path(folder)
+    clear_replacement(folder)
     try:
-        temporary.chmod(0o755)
-        new = temporary / "new"
-        _write_items(new, seed, counts)
-        for path in new.rglob("*.*"):
-            # Pillow and soundfile close what they write without fsync; the marker is to vouch for files on the disk.
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        _write_text(new / _MARKER, _described(description))
-        # Onto an empty folder or none.
-        new.rename(folder)
+        with named_write_errors(folder.parent):
+            _write_items(new, seed, counts)
+            (new / _MARKER).write_bytes(_described(description).encode())
+            digest = hashlib.sha256(_described(description).encode()).hexdigest()
+            time = _EPOCH + int(digest[:6], 16)
+            for path in new.rglob("*.*"):
+                os.utime(path, (time, time))
+            # Behind it the marker vouches for files on the disk.
+            replace_folder(folder)
     finally:
-        shutil.rmtree(temporary)
-    return folder
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _described(description: dict[str, object]) -> str:
@@ -119,8 +137,10 @@ def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:
             (folder / split / concept).mkdir(parents=True)
             for index in range(counts[split]):
                 samples = synthesise(concept, stream(seed, split, concept, index))
-                path = folder / split / concept / f"{index:04d}.wav"
-                soundfile.write(path, samples, SAMPLING_RATE, subtype="PCM_16")
+                # By way of memory: on a full disk soundfile fails an assertion of its own.
+                wave = io.BytesIO()
+                soundfile.write(wave, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+                (folder / split / concept / f"{index:04d}.wav").write_bytes(wave.getvalue())
     texts = [(line, concept) for concept in CONCEPTS for line in distinct_texts(concept, counts["texts"], seed=seed)]
     _write_csv(folder / "texts.csv", texts)
     _write_csv(folder / "names.csv", [(concept_phrase(concept), concept) for concept in CONCEPTS])
@@ -131,11 +151,4 @@ def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("text", "concept"))
     writer.writerows(rows)
-    _write_text(path, table.getvalue())
-
-
-def _write_text(path: Path, content: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(table.getvalue().encode())

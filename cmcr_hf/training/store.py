@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..durable import LOCK, locked, named_write_errors, sha256, write_durably
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SOURCE_FIELDS = ("id", "revision", "config_hash")
@@ -24,12 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # About four times the rounding of one element in the half types: a vector may be normalised in them and then rounded.
 NORM_TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
-TEMPORARY = re.compile(r"(manifest\.json|shard-\d+\.(safetensors|keys\.parquet))\.tmp")
-WRITE_REMEDIES = {
-    errno.ENOSPC: "Free space and run again",
-    errno.EDQUOT: "Free space and run again",
-    errno.EROFS: "Make it writable or use another folder",
-}
+TEMPORARY = re.compile(r"\.(manifest\.json|shard-\d+\.(safetensors|keys\.parquet))\.tmp")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,8 @@ class EmbeddingStore:
     The folder holds `manifest.json`, `shard-00000.safetensors` (tensor `embeds`), `shard-00000.keys.parquet` (string
     column `key`), and so on. A shard is durable before the manifest names it, so a run killed at any instant goes on
     at row `rows` and ends with the bytes of an uninterrupted run (parquet files name the pyarrow version that wrote
-    them: resume with the same one). One process at a time may write.
+    them: resume with the same one). One process at a time may write: a second one gets a ValueError at its next shard.
+    What is read is checked: the first time that an object hands out a shard or its keys, their sha256 is compared.
 
     Example:
         source = {"id": "openai/clip-vit-base-patch32", "revision": commit, "config_hash": config_sha256}
@@ -107,6 +104,7 @@ class EmbeddingStore:
         self._shards = list(shards)
         self._pending: list[torch.Tensor] = []
         self._pending_keys: list[str] = []
+        self._verified: set[str] = set()
 
     @classmethod
     def create(
@@ -123,8 +121,9 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Create a store to append to, or re-open the one of the same description, complete or not, at row `rows`.
 
-        A store of another description without a single shard is replaced. Raises ValueError, and touches nothing, if
-        the folder holds one with shards or other files; OSError if the disk is full or not writable.
+        A store of another description without a single shard is replaced. The shards that an incomplete one goes on
+        from are verified. Raises ValueError, and touches nothing, if the folder holds one with shards or other files,
+        or if another process writes there; OSError if the disk is full or not writable.
 
         Args:
             source: `id`, `revision` and `config_hash` of the encoder, as strings.
@@ -134,12 +133,29 @@ class EmbeddingStore:
         folder = Path(folder)
         _import_parquet()  # A missing package is reported before the first embedding is computed, not a shard later.
         description = Description(space, modality, dict(source), dim, dtype, shard_rows, data_fingerprint)
+        store = cls._found(folder, description)
+        if store is not None and store.complete:
+            return store
+        with named_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            # Again: another process may have written since.
+            store = cls._found(folder, description)
+            _remove_temporary_files(folder)
+            if store is None:
+                store = cls(folder, description, [], complete=False)
+                store._write_manifest([], complete=False)
+        store.verify()
+        return store
+
+    @classmethod
+    def _found(cls, folder: Path, description: Description) -> EmbeddingStore | None:
+        """Return the store of a description that is there, None where one may be written; ValueError for another."""
         if (folder / MANIFEST).exists():
             found, shards, complete = _read_manifest(folder)
             if found == description:
                 store = cls(folder, description, shards, complete)
                 store._check_files()
-                _remove_temporary_files(folder)
                 return store
             if shards:
                 raise ValueError(
@@ -148,20 +164,18 @@ class EmbeddingStore:
                 )
         elif folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, expected a folder: use another path.")
-        elif folder.exists() and any(not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
+        elif folder.exists() and any(
+            path.name != LOCK and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir()
+        ):
             raise ValueError(f"{folder} is not empty and has no {MANIFEST}: use another folder or empty this one.")
-        with _named_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporary_files(folder)
-        store = cls(folder, description, [], complete=False)
-        store._commit([], complete=False)
-        return store
+        return None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> EmbeddingStore:
         """Open a complete store to read.
 
-        Checks that every file is there and that dtype and shape agree with the manifest; `verify` checks the contents.
+        Checks that every file is there and that dtype and shape agree with the manifest; contents are checked when
+        they are read.
         Raises ValueError if the folder is missing, holds no store, or holds a damaged or incomplete one.
         """
         folder = Path(folder)
@@ -223,11 +237,11 @@ class EmbeddingStore:
             return
         self._write_full_shards()
         if self._pending_keys:
-            shard = self._write_shard(torch.cat(self._pending), self._pending_keys)
-            self._commit([*self._shards, shard], complete=True)
+            self._write_shard(torch.cat(self._pending), self._pending_keys, complete=True)
             self._pending, self._pending_keys = [], []
         elif self._shards:
-            self._commit(self._shards, complete=True)
+            with self._writing():
+                self._write_manifest(self._shards, complete=True)
         else:
             raise ValueError(f"{self.folder} holds no rows, expected at least one: append some before finishing.")
 
@@ -237,7 +251,7 @@ class EmbeddingStore:
         On the CPU one shard is memory-mapped without a copy, copy-on-write; several shards are copied together.
         """
         if len(self._shards) == 1:
-            return self._load_shard(self._shards[0]).to(device)
+            return next(self.shards()).to(device)
         embeds = torch.empty(self.rows, self.dim, dtype=DTYPES[self.dtype], device=device)
         start = 0
         for shard in self.shards():
@@ -248,50 +262,73 @@ class EmbeddingStore:
     def shards(self) -> Iterator[torch.Tensor]:
         """Yield the written rows shard by shard, (n, dim), memory-mapped (copy-on-write), in the stored dtype."""
         for shard in self._shards:
+            self._verify(shard.file, shard.sha256)
             yield self._load_shard(shard)
 
     def keys(self) -> list[str]:
         """Return the key of every written row."""
-        return [key for shard in self._shards for key in self._load_keys(shard)]
+        _, pq = _import_parquet()
+        keys: list[str] = []
+        for shard in self._shards:
+            self._verify(shard.keys_file, shard.keys_sha256)
+            keys += pq.ParquetFile(self.folder / shard.keys_file).read()["key"].to_pylist()
+        return keys
 
     def verify(self) -> None:
-        """Read every file and raise ValueError naming the first whose sha256, row count, shape or dtype is wrong."""
+        """Read every file anew and raise ValueError naming the first whose sha256 is wrong."""
+        self._verified.clear()
         for shard in self._shards:
-            for name, sha256 in ((shard.file, shard.sha256), (shard.keys_file, shard.keys_sha256)):
-                try:
-                    with open(self.folder / name, "rb") as file:
-                        found = hashlib.file_digest(file, "sha256").hexdigest()
-                except OSError as error:
-                    raise self._damaged(name, f"cannot be read ({error})") from error
-                if found != sha256:
-                    raise self._damaged(name, "does not have the sha256 of the manifest")
-            self._load_shard(shard)
-            self._load_keys(shard)
+            self._verify(shard.file, shard.sha256)
+            self._verify(shard.keys_file, shard.keys_sha256)
+
+    def _verify(self, name: str, digest: str) -> None:
+        if name in self._verified:
+            return
+        try:
+            found = sha256(self.folder / name)
+        except OSError as error:
+            raise self._damaged(name, f"cannot be read ({error})") from error
+        if found != digest:
+            raise self._damaged(name, "does not have the sha256 of the manifest")
+        self._verified.add(name)
 
     def _write_full_shards(self) -> None:
         if len(self._pending_keys) < self.shard_rows:
             return
         rows = torch.cat(self._pending)
         while len(self._pending_keys) >= self.shard_rows:
-            shard = self._write_shard(rows[: self.shard_rows], self._pending_keys[: self.shard_rows])
-            self._commit([*self._shards, shard], complete=False)
+            self._write_shard(rows[: self.shard_rows], self._pending_keys[: self.shard_rows], complete=False)
             rows = rows[self.shard_rows :]
             self._pending = [rows]
             self._pending_keys = self._pending_keys[self.shard_rows :]
         # A view would keep the rows that are written in memory.
         self._pending = [rows.clone()]
 
-    def _write_shard(self, rows: torch.Tensor, keys: list[str]) -> Shard:
+    def _write_shard(self, rows: torch.Tensor, keys: list[str], complete: bool) -> None:
         file, keys_file = _shard_names(len(self._shards))
-        return Shard(
-            file=file,
-            keys_file=keys_file,
-            rows=len(keys),
-            sha256=_write_durably(self.folder / file, safetensors.torch.save({"embeds": rows})),
-            keys_sha256=_write_durably(self.folder / keys_file, _keys_to_parquet(keys)),
-        )
+        contents = safetensors.torch.save({"embeds": rows}), _keys_to_parquet(keys)
+        digests = (hashlib.sha256(data).hexdigest() for data in contents)
+        with self._writing():
+            for name, data in zip((file, keys_file), contents, strict=True):
+                write_durably(self.folder / name, data)
+            self._write_manifest([*self._shards, Shard(file, keys_file, len(keys), *digests)], complete)
 
-    def _commit(self, shards: list[Shard], complete: bool) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keep other processes out while a shard is written, and refuse to write over what one of them has written."""
+        with locked(self.folder):
+            try:
+                found = _read_manifest(self.folder)
+            except FileNotFoundError:
+                found = None
+            if found != (self._description, self._shards, self.complete):
+                raise ValueError(
+                    f"{self.folder} was changed by another process since this one opened it. Let one process at a "
+                    "time write, and run again to go on behind its last shard."
+                )
+            yield
+
+    def _write_manifest(self, shards: list[Shard], complete: bool) -> None:
         manifest = {
             "format_version": FORMAT_VERSION,
             **asdict(self._description),
@@ -299,7 +336,7 @@ class EmbeddingStore:
             "rows": sum(shard.rows for shard in shards),
             "shards": [asdict(shard) for shard in shards],
         }
-        _write_durably(self.folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+        write_durably(self.folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
         self._shards = list(shards)
         self.complete = complete
 
@@ -321,17 +358,6 @@ class EmbeddingStore:
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard.file, f"cannot be read ({error})") from error
         return embeds
-
-    def _load_keys(self, shard: Shard) -> list[str]:
-        pa, pq = _import_parquet()
-        try:
-            table = pq.ParquetFile(self.folder / shard.keys_file).read()
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(shard.keys_file, f"cannot be read ({error})") from error
-        if table.schema.names != ["key"] or table.schema.types != [pa.string()] or table.num_rows != shard.rows:
-            raise self._damaged(shard.keys_file, f"does not hold {shard.rows} strings in one column named key")
-        keys: list[str] = table["key"].to_pylist()
-        return keys
 
     def _damaged(self, name: str, reason: str) -> ValueError:
         return ValueError(f"{self.folder / name} {reason}: delete {self.folder} and run embed again.")
@@ -426,37 +452,6 @@ def _import_parquet() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError('Row keys are stored with pyarrow: pip install "cmcr-hf[train]".') from error
     return pyarrow, pyarrow.parquet
-
-
-def _write_durably(path: Path, data: bytes) -> str:
-    """Replace a file so that a kill leaves the old bytes or the new ones, and return the sha256 of the new ones."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with _named_write_errors(path.parent):
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # Other systems cannot open a folder to sync it.
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    return hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def _named_write_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in WRITE_REMEDIES:
-            raise
-        remedy = WRITE_REMEDIES[error.errno]
-        raise OSError(
-            f"Cannot write to {folder}: {error.strerror}. {remedy}: the shards that are written are kept."
-        ) from error
 
 
 def _remove_temporary_files(folder: Path) -> None:

@@ -16,9 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +37,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..durable import verify_checksums, write_checksums
 from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
@@ -165,6 +170,25 @@ class DivergenceCallback(TrainerCallback):
             )
 
 
+class ChecksumsCallback(TrainerCallback):
+    """Make every checkpoint durable and record the sha256 of its files, so that a cut or damaged one is noticed."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_checksums(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that is as it was written, and remove later ones, which are of no use."""
+    while (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        try:
+            verify_checksums(Path(checkpoint))
+            return checkpoint
+        except ValueError:
+            shutil.rmtree(checkpoint)
+    return None
+
+
 class TrainingBar(ProgressCallback):
     """The progress bar of Trainer without its lines of logs."""
 
@@ -230,6 +254,8 @@ def train_connector(
         # Equal batches, since the last of unequal ones would be dropped.
         batches = math.ceil(len(held_out) / args.per_device_eval_batch_size)
         args.per_device_eval_batch_size = len(held_out) // batches
+    # Trainer saves its arguments with every checkpoint: those of a run that goes on are to be the same.
+    checkpoint, args.resume_from_checkpoint = args.resume_from_checkpoint, None
     set_seed(args.seed)
     connector = CMCRConnector(config)
     trainer = Trainer(
@@ -239,16 +265,30 @@ def train_connector(
         train_dataset=training,
         eval_dataset=held_out,
         compute_metrics=retrieval_metrics,
-        callbacks=[LossTermsCallback(connector), DivergenceCallback(connector)],
+        callbacks=[LossTermsCallback(connector), DivergenceCallback(connector), ChecksumsCallback()],
     )
     if not log_lines:
         trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             trainer.add_callback(TrainingBar)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if held_out is not None:
-        trainer.evaluate()
+    with _closed_bars(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if held_out is not None:
+            trainer.evaluate()
     return connector.cpu().eval(), trainer.state.log_history
+
+
+@contextmanager
+def _closed_bars(trainer: Trainer) -> Iterator[None]:
+    """Close the bars of a run that ends early: they would be drawn again behind the line that says why."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in (callback.training_bar, callback.prediction_bar):
+                    if bar is not None:
+                        bar.close()
 
 
 def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict[str, EmbeddingStore]:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +117,28 @@ def test_the_same_seed_gives_the_same_files(small: tuple[Path, dict[str, Any]], 
     for name in ("clip", "clap"):
         for file in ("model.safetensors", "tokenizer.json"):
             assert (small[0] / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_retraining_leaves_no_process_behind_and_the_folder_as_it_was(tmp_path: Path, number: int) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text("former", encoding="utf-8")
+    command = [sys.executable, "-m", "cmcr_hf.cli", "demo", "--retrain", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stderr is not None
+        seen = b""
+        while b"Drawing" not in seen or b"Synthesising" not in seen:
+            seen += os.read(process.stderr.fileno(), 4096)
+        # A terminal sends it to the whole group, anybody else to the one process.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        # The processes that train hold this end open as long as they live.
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    assert b"Traceback" not in errors
+    assert number == signal.SIGKILL or b"stopped" in errors
+    assert (tmp_path / "clip" / "config.json").read_text(encoding="utf-8") == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
 def test_help_names_the_seed(capsys: pytest.CaptureFixture[str]) -> None:

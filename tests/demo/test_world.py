@@ -12,6 +12,7 @@ from cmcr_hf.demo.concepts import CONCEPTS
 from cmcr_hf.demo.drawing import draw
 from cmcr_hf.demo.synthesis import synthesise
 from cmcr_hf.demo.world import distinct_texts, stream, write_world
+from cmcr_hf.durable import locked
 
 SMALL = {"images": 2, "sounds": 1, "texts": 5, "test_images": 1, "test_sounds": 1}
 
@@ -33,7 +34,7 @@ def test_every_file_is_there_and_no_temporary_one(world: Path) -> None:
         expected += [f"images/{concept}/0000.png", f"images/{concept}/0001.png", f"sounds/{concept}/0000.wav"]
         expected += [f"test_images/{concept}/0000.png", f"test_sounds/{concept}/0000.wav"]
     assert names == sorted(expected)
-    assert [path.name for path in world.parent.iterdir()] == ["world"]
+    assert sorted(path.name for path in world.parent.iterdir()) == [".lock", "world"]
 
 
 def test_a_picture_file_is_the_draw_of_its_own_stream(world: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_world_of_another_description_is_kept(tmp_path: Path, monkeypatch: pyt
         write_world(folder, seed=2, **SMALL)
     assert (folder / "texts.csv").read_text(encoding="utf-8") == before
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "world"]
 
 
 @pytest.mark.parametrize("content", ["", "[]"])
@@ -116,9 +117,37 @@ def test_nothing_is_left_of_a_world_whose_writing_fails(tmp_path: Path, monkeypa
     monkeypatch.setattr("cmcr_hf.demo.world.soundfile.write", fail)
     with pytest.raises(OSError, match="disk full"):
         write_world(tmp_path / "world", **SMALL)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_count_below_one_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got 0\. Pass images=1"):
         write_world(tmp_path / "world", images=0)
+
+
+def test_a_world_that_is_written_again_counts_as_the_same_data(tmp_path: Path) -> None:
+    def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    for folder, seed in ((first, 1), (again, 1), (other, 2)):
+        write_world(folder, seed=seed, **SMALL)
+    assert listing(first) == listing(again)
+    # A sound of another seed is as long, so that its change time has to differ.
+    name = "sounds/bee/0000.wav"
+    assert listing(first)[name][0] != listing(other)[name][0]
+
+
+def test_what_a_killed_run_left_behind_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".world.tmp" / "images").mkdir(parents=True)
+    (tmp_path / ".world.tmp" / "images" / "torn.png").write_bytes(b"torn")
+    world = write_world(tmp_path / "world", **SMALL)
+    assert not (world / "images" / "torn.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "world"]
+
+
+def test_a_world_is_not_written_where_another_run_is(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
+        write_world(tmp_path / "world", **SMALL)
+    assert not (tmp_path / "world").exists()

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from cmcr_hf.durable import locked
 from cmcr_hf.training.store import EmbeddingStore
 
 ROWS, DIM, SHARD_ROWS = 7, 4, 3
@@ -27,6 +29,7 @@ DESCRIPTION: dict[str, Any] = {
     "shard_rows": SHARD_ROWS,
 }
 FILES = [
+    ".lock",
     "manifest.json",
     *(f"shard-0000{i}.{ending}" for i in range(3) for ending in ("keys.parquet", "safetensors")),
 ]
@@ -217,12 +220,12 @@ def test_rows_of_a_failed_write_wait_for_the_next_append(
     assert contents(tmp_path / "other") == contents(folder)
 
 
-def test_leftover_temporary_files_are_removed(folder: Path) -> None:
-    before = contents(folder)
-    for name in ("shard-00002.safetensors.tmp", "shard-00002.keys.parquet.tmp", "manifest.json.tmp"):
-        (folder / name).write_bytes(b"torn")
-    write_store(folder)
-    assert contents(folder) == before
+def test_leftover_temporary_files_are_removed(folder: Path, tmp_path: Path) -> None:
+    other = EmbeddingStore.create(tmp_path / "other", **DESCRIPTION)
+    for name in (".shard-00002.safetensors.tmp", ".shard-00002.keys.parquet.tmp", ".manifest.json.tmp"):
+        (other.folder / name).write_bytes(b"torn")
+    write_store(other.folder)
+    assert contents(other.folder) == contents(folder)
 
 
 def test_complete_store_is_left_as_it_is_by_another_run(folder: Path) -> None:
@@ -253,7 +256,7 @@ def test_complete_store_is_left_as_it_is_by_another_run(folder: Path) -> None:
 def test_store_of_another_description_is_an_error_and_untouched(
     folder: Path, changes: dict[str, Any], message: str
 ) -> None:
-    (folder / "manifest.json.tmp").write_bytes(b"torn")
+    (folder / ".manifest.json.tmp").write_bytes(b"torn")
     before = contents(folder)
     with pytest.raises(ValueError, match=f"store holds other embeddings.*{message}.*delete this one"):
         EmbeddingStore.create(folder, **{**DESCRIPTION, **changes})
@@ -268,7 +271,7 @@ def test_hashes_are_cut_to_twelve_digits_in_a_refusal(tmp_path: Path) -> None:
 
 def test_store_of_another_description_without_a_shard_is_replaced(folder: Path, tmp_path: Path) -> None:
     EmbeddingStore.create(tmp_path / "other", **{**DESCRIPTION, "data_fingerprint": "before"})
-    (tmp_path / "other" / "shard-00000.safetensors.tmp").write_bytes(b"torn")
+    (tmp_path / "other" / ".shard-00000.safetensors.tmp").write_bytes(b"torn")
     write_store(tmp_path / "other")
     assert contents(tmp_path / "other") == contents(folder)
 
@@ -510,24 +513,95 @@ def test_shard_that_disagrees_with_the_manifest_is_named_when_opening(
 @pytest.mark.parametrize("name", ["shard-00001.safetensors", "shard-00001.keys.parquet"])
 def test_verify_names_the_file_with_a_flipped_bit(folder: Path, name: str) -> None:
     EmbeddingStore.open(folder).verify()
-    data = bytearray((folder / name).read_bytes())
-    data[-20 if name.endswith("safetensors") else 20] ^= 1
-    (folder / name).write_bytes(data)
+    flip_a_bit(folder / name)
     store = EmbeddingStore.open(folder)
     with pytest.raises(ValueError, match=f"{name} does not have the sha256 of the manifest: delete"):
         store.verify()
 
 
-def test_keys_of_another_row_count_are_an_error(folder: Path) -> None:
-    (folder / "shard-00002.keys.parquet").write_bytes((folder / "shard-00001.keys.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"shard-00002\.keys\.parquet does not hold 1 strings"):
-        EmbeddingStore.open(folder).keys()
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20 if path.suffix == ".safetensors" else 20] ^= 1
+    path.write_bytes(data)
 
 
-def test_damaged_keys_are_an_error(folder: Path) -> None:
-    (folder / "shard-00002.keys.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"shard-00002\.keys\.parquet cannot be read"):
-        EmbeddingStore.open(folder).keys()
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.write_bytes(b"PAR1"), lambda path: swap(path)])
+def test_damaged_keys_are_named_when_they_are_read(folder: Path, damage: Callable[[Path], object]) -> None:
+    damage(folder / "shard-00001.keys.parquet")
+    store = EmbeddingStore.open(folder)
+    assert torch.equal(store.tensor(), EMBEDS)
+    with pytest.raises(
+        ValueError, match=r"shard-0000.\.keys\.parquet does not have the sha256 of the manifest: delete"
+    ):
+        store.keys()
+
+
+def swap(path: Path) -> None:
+    """Swap the second file of a kind with the first."""
+    first = path.with_name(path.name.replace("1", "0"))
+    content = first.read_bytes()
+    first.write_bytes(path.read_bytes())
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, swap])
+@pytest.mark.parametrize("read", [EmbeddingStore.tensor, lambda store: list(store.shards())])
+def test_a_damaged_shard_is_named_when_it_is_read(
+    folder: Path, damage: Callable[[Path], object], read: Callable[[EmbeddingStore], object]
+) -> None:
+    damage(folder / "shard-00001.safetensors")
+    store = EmbeddingStore.open(folder)
+    assert store.keys() == KEYS
+    with pytest.raises(ValueError, match=r"shard-0000.\.safetensors does not have the sha256 of the manifest: delete"):
+        read(store)
+
+
+def test_a_run_does_not_go_on_from_a_damaged_shard(tmp_path: Path) -> None:
+    EmbeddingStore.create(tmp_path, **DESCRIPTION).append(EMBEDS[:4], KEYS[:4])
+    flip_a_bit(tmp_path / "shard-00000.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors does not have the sha256"):
+        EmbeddingStore.create(tmp_path, **DESCRIPTION)
+
+
+def test_what_is_read_again_is_not_hashed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = EmbeddingStore.open(folder)
+    first = store.tensor()
+    monkeypatch.setattr("cmcr_hf.training.store.sha256", lambda path: pytest.fail(f"{path} is hashed again"))
+    assert torch.equal(store.tensor(), first)
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(folder: Path, tmp_path: Path) -> None:
+    first, second = (EmbeddingStore.create(tmp_path / "other", **DESCRIPTION) for _ in range(2))
+    first.append(EMBEDS[:4], KEYS[:4])
+    with pytest.raises(ValueError, match=r"other was changed by another process since this one opened it\. Let one"):
+        second.append(EMBEDS[:4], KEYS[:4])
+    first.append(EMBEDS[4:], KEYS[4:])
+    first.finish()
+    assert contents(tmp_path / "other") == contents(folder)
+
+
+def test_a_writer_is_refused_while_another_process_writes(tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path, **DESCRIPTION)
+    with locked(tmp_path):
+        with pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
+            store.append(EMBEDS[:4], KEYS[:4])
+        with pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
+            EmbeddingStore.create(tmp_path, **DESCRIPTION)
+    store.append(EMBEDS[4:], KEYS[4:])
+    store.finish()
+    assert torch.equal(EmbeddingStore.open(tmp_path).tensor(), EMBEDS)
+
+
+def test_a_store_that_was_deleted_under_its_writer_is_named(tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "store", **DESCRIPTION)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(ValueError, match="store was changed by another process"):
+        store.append(EMBEDS[:4], KEYS[:4])
+
+
+def test_a_complete_store_is_read_where_nothing_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmcr_hf.training.store.locked", lambda folder: pytest.fail("A reader takes no lock."))
+    assert torch.equal(write_store(folder).tensor(), EMBEDS)
 
 
 def test_digest_depends_on_embeddings_and_keys_alone(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers.utils import logging
 
 from cmcr_hf import CMCRConfig, CMCRConnector
@@ -11,6 +13,7 @@ from cmcr_hf.training.store import EmbeddingStore
 from cmcr_hf.training.train import (
     ConnectionDataset,
     ConnectorTrainingArguments,
+    last_checkpoint,
     main,
     run_script,
     train_connector,
@@ -349,3 +352,68 @@ def test_a_mistake_in_the_program_keeps_its_traceback():
 
     with pytest.raises(TypeError, match="a bug"):
         run_script(fail)
+
+
+def test_no_bar_is_left_open_by_a_run_that_ends_early(tmp_path, monkeypatch):
+    bars = []
+
+    class Recorded(tqdm):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            bars.append(self)
+
+    def stop(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.trainer_callback.tqdm", Recorded)
+    monkeypatch.setattr(CMCRConnector, "forward", stop)
+    for log_lines in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            train_connector(
+                small_config(), aligned_embeds(48), arguments(tmp_path, disable_tqdm=False), log_lines=log_lines
+            )
+    # What is closed is not drawn again when the process ends.
+    assert len(bars) == 2
+    assert all(bar.disable for bar in bars)
+
+
+def test_every_checkpoint_is_recorded_by_its_checksums_and_a_damaged_one_is_passed_over(tmp_path):
+    train_connector(small_config(), aligned_embeds(48), arguments(tmp_path), log_lines=False)
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert [path.name for path in checkpoints] == ["checkpoint-9", "checkpoint-12"]
+    assert last_checkpoint(tmp_path) == str(checkpoints[1])
+    weights = checkpoints[1] / "optimizer.pt"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert last_checkpoint(tmp_path) == str(checkpoints[0])
+    (checkpoints[0] / "sha256.json").unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert not any(path.exists() for path in checkpoints)
+
+
+def test_checkpoints_of_a_run_that_goes_on_are_those_of_an_unbroken_one(tmp_path, monkeypatch):
+    def content(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    # The arguments that Trainer saves have the folder in them.
+    monkeypatch.chdir(tmp_path / "whole")
+    train_connector(small_config(), aligned_embeds(48), arguments("out"), log_lines=False)
+    monkeypatch.chdir(tmp_path / "stopped")
+    forward, calls = CMCRConnector.forward, []
+
+    def stopping(*given, **options):
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return forward(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CMCRConnector, "forward", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_connector(small_config(), aligned_embeds(48), arguments("out"), log_lines=False)
+    resumed = arguments("out", resume_from_checkpoint=last_checkpoint(Path("out")))
+    train_connector(small_config(), aligned_embeds(48), resumed, log_lines=False)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
