@@ -12,8 +12,9 @@ help: ## list the targets
 demo: .venv/.installed ## connect two small spaces offline and report what came of it
 	$(BIN)/cmcr demo
 
+# Two processes of one thread each; the tests of a file stay together, since they share what is slow to make.
 test: .venv/.installed ## run the fast tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: .venv/.installed ## run the slow tests, and only these
 	$(BIN)/python -m pytest -q -m slow
