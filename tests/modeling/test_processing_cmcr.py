@@ -269,7 +269,8 @@ def truncated_jpeg() -> bytes:
 
 @pytest.mark.parametrize("modality", ["images", "audio"])
 @pytest.mark.parametrize(
-    ("name", "reason"), [("missing.bin", "No such file"), (".", "Is a directory"), ("nul\0.bin", "null byte")]
+    ("name", "reason"),
+    [("missing.bin", "No such file"), (".", "Is a directory"), ("nul\0.bin", "null (byte|character)")],
 )
 def test_a_file_that_cannot_be_opened_is_named(
     processor: CMCRProcessor, tmp_path: Path, modality: str, name: str, reason: str
