@@ -496,7 +496,7 @@ class CMCRModel(CMCRPreTrainedModel):
             recorded = self.connector.get_buffer(f"fingerprint_{name}")
             found = fingerprint(self.sources[space], processor, space, modality)
             name = repr(names[space]) if space in names else "The model given"
-            check_fingerprint(found, recorded, space, modality, name)
+            check_fingerprint(found, recorded, space, modality, name, self.sources[space].dtype)
 
     def _source(self, space: str, modality: str) -> PreTrainedModel:
         if modality not in self.modalities:

@@ -6,6 +6,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -162,6 +163,9 @@ class Recipe:
     licence: str | None = None
 
     def __post_init__(self) -> None:
+        # It names the output folder and the repository of the card.
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"expected name of letters, digits, '-', '_' and '.', got {self.name!r}.")
         if set(self.sources) != {"clip", "clap"}:
             raise ValueError(f"expected the sources clip and clap, got {', '.join(sorted(self.sources)) or 'none'}.")
         if not 0 < self.aggregate_temperature < math.inf:
@@ -174,7 +178,7 @@ class Recipe:
 
         hints = CMCRConfig.__annotations__
         # A recipe names its sources under `sources`, and their configurations come with them.
-        known = [name for name in hints if name not in ("clip_config", "clap_config", "sources")]
+        known = [name for name in hints if name not in ("clip_config", "clap_config", "sources", "fingerprints")]
         # CMCRConfig itself keeps unknown fields in silence, as every configuration of transformers does.
         _check_keys(self.connector, known, "connector")
         self.connector = {

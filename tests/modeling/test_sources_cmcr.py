@@ -98,6 +98,16 @@ def test_other_weights_of_any_tower_are_refused_with_the_space_and_the_cosine(
         CMCRModel.from_sources_pretrained(**sources, connector=connector_folder)
 
 
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_weights_that_were_trained_on_are_refused(connector_folder, tiny_clip, tiny_clap, tmp_path, size):
+    def change(tensor):
+        return tensor + size * tensor.std() * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+
+    other = copy_of(tiny_clip, tmp_path / "other", "visual_projection.weight", change)
+    with pytest.raises(ValueError, match="not the clip source"):
+        CMCRModel.from_sources_pretrained(other, tiny_clap, connector_folder)
+
+
 def test_another_tokenizer_is_refused(connector_folder, tiny_clip, tiny_clap, tmp_path):
     other = copy_of(tiny_clip, tmp_path / "other", "logit_scale", lambda tensor: tensor)
     tokenizer = (other / "tokenizer.json").read_text()

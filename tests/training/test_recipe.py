@@ -41,6 +41,11 @@ def test_a_minimal_recipe_has_the_schedule_of_the_paper(tmp_path):
     assert recipe.evaluate is None
 
 
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", ".", "two words", "''"])
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    assert "expected name of letters" in refusal(write(tmp_path, MINIMAL.replace("small", name)))
+
+
 def test_numbers_that_yaml_reads_as_text_become_floats(tmp_path):
     recipe = load_recipe(
         write(tmp_path, MINIMAL + "aggregate_temperature: 2e-2\ntrain: {learning_rate: 1e-4, weight_decay: 0}\n")
