@@ -294,7 +294,7 @@ def _search(arguments: argparse.Namespace) -> None:
     # What transformers reads when it is imported, which may never be.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    answers = []
+    answers, failed = [], 0
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module=r"cmcr_hf\.")
         warnings.showwarning = lambda message, *_: print(f"cmcr search: {printable(message)}", file=sys.stderr)
@@ -317,6 +317,7 @@ def _search(arguments: argparse.Namespace) -> None:
                 if arguments.query:
                     raise
                 print(f"cmcr search: {printable(error)}", file=sys.stderr)
+                failed += 1
                 continue
             print(format_answer(answer))
             answers.append(answer)
@@ -325,6 +326,8 @@ def _search(arguments: argparse.Namespace) -> None:
         write_json(arguments.output, {**document, "answers": [answer_record(answer) for answer in answers]})
     if arguments.html is not None:
         write_search_page(arguments.html, index, answers)
+    if failed and not sys.stdin.isatty():
+        raise ValueError(f"{failed} of {failed + len(answers)} queries were not answered, for the reasons above.")
 
 
 def _typed() -> Iterator[str]:

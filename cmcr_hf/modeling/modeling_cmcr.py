@@ -632,7 +632,8 @@ def _select_modalities(spaces: Iterable[str], modalities: Collection[str] | None
     able = list(dict.fromkeys(modality for space in spaces for modality in SPACE_MODALITIES[space]))
     if modalities is None:
         return able
-    if not modalities or isinstance(modalities, str) or not set(modalities) <= set(able):
+    named = isinstance(modalities, Collection) and not isinstance(modalities, str)
+    if not named or not modalities or not set(modalities) <= set(able):
         raise ValueError(f"Expected modalities as a list of some of {able}, got {modalities!r}.")
     return list(modalities)
 

@@ -102,7 +102,7 @@ def test_the_connector_of_a_partial_model_still_records_every_source(connector_f
     )
 
 
-@pytest.mark.parametrize("modalities", [("sound",), ("audio", "point_cloud"), (), "audio"])
+@pytest.mark.parametrize("modalities", [("sound",), ("audio", "point_cloud"), (), "audio", 5])
 def test_unknown_modalities_are_an_error(folder, modalities):
     with pytest.raises(
         ValueError, match=r"Expected modalities as a list of some of \['image', 'text', 'audio'\], got"

@@ -501,13 +501,19 @@ def test_the_command_prints_a_table_for_each_query(command, folder, capsys, tmp_
 
 def test_the_command_asks_for_queries_where_none_is_given(command, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("the dog\n\nmissing.wav\nthe bell"))
-    assert command("--only", "audio", "--top", "1") == 0
+    assert command("--only", "audio", "--top", "1") == 1
     captured = capsys.readouterr()
     assert [line for line in captured.out.splitlines() if line.endswith("(text)")] == [
         "the dog (text)",
         "the bell (text)",
     ]
     assert "cmcr search: There is no file 'missing.wav'" in captured.err
+    assert "1 of 3 queries were not answered" in captured.err
+
+
+def test_typed_queries_that_are_all_answered_end_well(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the dog\nthe bell\n"))
+    assert command("--only", "audio", "--top", "1") == 0
 
 
 def test_the_command_writes_json_and_a_page_that_holds_all_it_shows(command, folder, tmp_path, capsys):
