@@ -16,6 +16,9 @@ if TYPE_CHECKING or not sys.argv or Path(sys.argv[0]).name != "cmcr":
         CMCROutput,
         CMCRProcessor,
         CMCRProjector,
+        UlipConfig,
+        UlipModel,
+        UlipOutput,
     )
 else:
 
@@ -33,4 +36,7 @@ __all__ = [
     "CMCROutput",
     "CMCRProcessor",
     "CMCRProjector",
+    "UlipConfig",
+    "UlipModel",
+    "UlipOutput",
 ]

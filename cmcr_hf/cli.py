@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from .training.recipe import DataSpec, load_recipe, recipe_names
+from .training.recipe import DataSpec, SourceSpec, load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from .modeling.modeling_cmcr import CMCRModel
@@ -69,12 +69,16 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "demo",
         help="connect two small spaces offline and report what came of it",
-        description="Write a synthetic world of pictures, sounds and sentences, connect a small CLIP and a small CLAP "
-        "by sentences alone, and measure retrieval between pictures and sounds against chance, training-free bridges "
-        "and a null.",
+        description="Write a synthetic world and connect a small CLIP in it: with a small CLAP by sentences alone "
+        "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what no "
+        "training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges and a "
+        "null.",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)"
+        "--world", choices=("sounds", "shapes"), default="sounds", help="what to connect (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for everything (default: runs/demo, runs/shapes for that world)"
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, help="connectors averaged in the C-MCR row (default: %(default)s)"
@@ -91,7 +95,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         nargs="?",
         const=Path("runs/encoders"),
         metavar="FOLDER",
-        help="instead, train the two small encoders anew into FOLDER (default: %(const)s), as the shipped ones were",
+        help="instead, train the world's two small encoders anew into FOLDER (default: %(const)s), as the shipped "
+        "ones were",
     )
     parser.add_argument(
         "--seed", type=_not_negative, default=1, help="of --retrain (default: %(default)s, that of the shipped ones)"
@@ -102,15 +107,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(arguments: argparse.Namespace) -> None:
     if arguments.retrain is not None:
         from .demo.retrain import retrain
+        from .demo.retrain_shapes import retrain_shapes
 
         arguments.output = arguments.retrain
-        print(json.dumps(retrain(arguments.retrain, seed=arguments.seed), indent=2))
+        train = retrain_shapes if arguments.world == "shapes" else retrain
+        print(json.dumps(train(arguments.retrain, seed=arguments.seed), indent=2))
         return
-    from .demo.run import run_demo
+    from .demo.run import RECIPES, run_demo
     from .output import check_output
 
-    check_output(arguments.output, load_recipe("demo"))
-    run_demo(arguments.output, seeds=arguments.seeds, derangements=arguments.derangements)
+    recipe = RECIPES[arguments.world]
+    arguments.output = arguments.output or Path("runs") / recipe
+    check_output(arguments.output, load_recipe(recipe))
+    run_demo(arguments.output, arguments.world, seeds=arguments.seeds, derangements=arguments.derangements)
 
 
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -128,6 +137,14 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         help="folder that the recipe's relative paths start from (default: the recipe's folder, or here)",
     )
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="SPACE=MODEL",
+        help="another source than the recipe's, a folder or Hub id: --source ulip=models/ulip2; give it several times "
+        "for several",
+    )
     parser.add_argument("--output", type=Path, help="folder for everything (default: runs/NAME)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument(
@@ -142,6 +159,14 @@ def _connect(arguments: argparse.Namespace) -> None:
     from .output import check_output
 
     recipe = load_recipe(arguments.recipe)
+    for source in arguments.source:
+        space, _, model = source.partition("=")
+        if space not in recipe.sources or not model:
+            raise ValueError(
+                f"Expected --source SPACE=MODEL with a space of {list(recipe.sources)}, got {source!r}. Write, for "
+                f"example, --source {next(iter(recipe.sources))}=FOLDER."
+            )
+        recipe.sources[space] = SourceSpec(model)
     folder = arguments.output = arguments.output or Path("runs") / recipe.name
     # Before the world, which is written into the same folder.
     check_output(folder, recipe)
@@ -149,10 +174,13 @@ def _connect(arguments: argparse.Namespace) -> None:
     words = ["cmcr", "connect", _shown(arguments.recipe)]
     if data is not None:
         words += ["--data", _shown(data)]
+    for source in arguments.source:
+        space, _, model = source.partition("=")
+        words += ["--source", f"{space}={_shown(model)}"]
     if data is None and recipe.world is not None:
-        from .demo.world import write_world
+        from .demo.run import write_recipe_world
 
-        data = write_world(folder / "world", **recipe.world)
+        data = write_recipe_world(recipe, folder / "world")
     if data is None:
         beside = Path(arguments.recipe)
         data = beside.parent if beside.is_file() else Path()

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from .conversion.hub import model_card
 from .durable import locked, named_write_errors, temporary_path, verify_checksums, write_checksums
-from .evaluation.connection import Metrics, RetrievalSet, baseline_metrics, check_classes, connector_metrics
+from .evaluation.classification import class_embeds
+from .evaluation.connection import Metrics, RetrievalSet, Side, baseline_metrics, check_classes, connector_metrics
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from .modeling.processing_cmcr import CMCRProcessor
@@ -39,14 +40,13 @@ from .pages.report import write_report
 from .training.aggregate import aggregate
 from .training.data import Item, Items
 from .training.embed import embed, source_record
-from .training.recipe import DataSpec, EvaluateSpec, Recipe, TrainSpec, load_recipe, recipe_names
+from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
 from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector
 
-# Native pair first, then the pseudo pair: the order in which the training script reports them.
-TRAINING_STORES = ("stores/clip-text", "stores/clap-text", "pseudo/clip-image", "pseudo/clap-audio")
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
+_NOUNS = {"text": "texts", "image": "images", "audio": "clips", "point_cloud": "point clouds"}
 
 
 @dataclass
@@ -54,21 +54,25 @@ class Connection:
     """What `connect` made: the folder, the model in it, and, where the recipe evaluates, the items and the table.
 
     Args:
-        media: behind the rows of `items`, by modality; the value of one that is no file is None.
+        sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
+        media: behind the rows of the sets, by modality; the value of one that is no file is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
     """
 
     recipe: Recipe
     folder: Path
     model: CMCRModel
-    items: RetrievalSet | None
+    sets: list[RetrievalSet]
     media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
     data: list[dict[str, Any]]
 
     def training_embeds(self) -> dict[str, torch.Tensor]:
-        """Return the row-aligned embeddings of the training: `{"{space}_{modality}": (texts, dim)}`."""
-        stores = [EmbeddingStore.open(self.folder / name) for name in TRAINING_STORES]
+        """Return the row-aligned embeddings of the training: `{"{space}_{modality}": (overlap items, dim)}`."""
+        leaves, overlap = self.recipe.leaves, self.recipe.overlap
+        names = [f"stores/{space}-{overlap}" for space in leaves]
+        names += [f"pseudo/{space}-{modality}" for space, modality in leaves.items()]
+        stores = [EmbeddingStore.open(self.folder / name) for name in names]
         return {f"{store.space}_{store.modality}": store.tensor() for store in stores}
 
     def write_report(
@@ -80,11 +84,11 @@ class Connection:
             ValueError: the recipe does not evaluate.
         """
         spec = self.recipe.evaluate
-        if self.items is None or spec is None:
+        if not self.sets or spec is None:
             raise ValueError("The connection was not evaluated: give its recipe an evaluate section.")
         tests = [
-            _entry(part, f"{modality} to test with", len(self.media[modality]))
-            for modality, part in (("audio", spec.audio), ("image", spec.image))
+            _entry(getattr(spec, modality), f"{_NOUNS[modality]} to test with", len(self.media[modality]))
+            for modality in spec.modalities
         ]
         log, path = self.folder / "train" / "log.json", self.folder / REPORT
         history = json.loads(log.read_text(encoding="utf-8"))["history"] if log.is_file() else []
@@ -92,7 +96,7 @@ class Connection:
             path,
             self.recipe,
             self.model.connector,
-            self.items,
+            self.sets,
             self.media,
             table,
             spread=spread,
@@ -134,25 +138,34 @@ def connect(
     folder, data_root = Path(folder), Path(data_root)
     check_output(folder, recipe)
     # All data and classes first: what is wrong with them should not be found behind hours of work.
-    data = {modality: Items(getattr(recipe, modality), modality, data_root) for modality in ("text", "image", "audio")}
-    held_back, media = _held_back(recipe.evaluate, data_root)
-    _check_training(recipe, len(data["text"]))
+    overlap, leaves = recipe.overlap, recipe.leaves
+    data = {
+        modality: Items(getattr(recipe, modality), modality, data_root) for modality in (overlap, *leaves.values())
+    }
+    held_back, media = _held_back(recipe, data_root)
+    _check_training(recipe, len(data[overlap]))
     sources = recipe.sources
-    report(f"sources: {sources['clip'].id} (CLIP), {sources['clap'].id} (CLAP)")
+    report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in leaves))
     model = _load_sources(recipe)
     model.to(device)  # type: ignore[arg-type]
     processor = CMCRProcessor.from_sources_pretrained(
-        sources["clip"].id,
-        sources["clap"].id,
+        **{space: sources[space].id for space in leaves},
         revisions={space: source.revision for space, source in sources.items()},
     )
+    for space in leaves:
+        if overlap not in model.config.modalities_of(space):
+            raise ValueError(
+                f"The {space} source {sources[space].id!r} has no {overlap} tower, which is to connect it. Name a "
+                "source that has one."
+            )
 
     records = {
         space: source_record(record["id"], record["revision"], model.sources[space])
         for space, record in (model.config.sources or {}).items()
     }
 
-    def embedded(name: str, space: str, items: Items) -> EmbeddingStore:
+    def embedded(space: str, items: Items, prefix: str = "", role: str | None = None) -> EmbeddingStore:
+        name = f"{prefix}{space}-{role or items.modality}"
         with _stage(f"embed {name}", report) as done:
             store = embed(
                 model.sources[space],
@@ -171,17 +184,17 @@ def connect(
         name = f"{memory.space}-{memory.modality}"
         with _stage(f"aggregate {name}", report) as done:
             store = _aggregate(queries, memory, folder / "pseudo" / name, recipe.aggregate_temperature, device)
-            done(f"{store.rows} texts over {memory.rows} {memory.modality} items in {store.folder}")
+            done(f"{store.rows} {_NOUNS[overlap]} over {memory.rows} {_NOUNS[memory.modality]} in {store.folder}")
         return store
 
     with locked(folder), named_write_errors(folder):
-        text_clip = embedded("clip-text", "clip", data["text"])
-        # A streamed data set tells its number of texts only now.
-        _check_training(recipe, text_clip.rows)
-        text_clap = embedded("clap-text", "clap", data["text"])
-        image = embedded("clip-image", "clip", data["image"])
-        audio = embedded("clap-audio", "clap", data["audio"])
-        stores = [text_clip, text_clap, aggregated(text_clip, image), aggregated(text_clap, audio)]
+        banks: dict[str, EmbeddingStore] = {}
+        for space in leaves:
+            banks[space] = embedded(space, data[overlap])
+            # A streamed data set tells its number of items only now.
+            _check_training(recipe, banks[space].rows)
+        memories = {space: embedded(space, data[modality]) for space, modality in leaves.items()}
+        stores = [*banks.values(), *(aggregated(banks[space], memories[space]) for space in leaves)]
         trained = _train(recipe, model.config, stores, folder / "train", device, report)
         model.connector.load_state_dict(trained.state_dict())
         model.record_fingerprints(processor)
@@ -189,34 +202,65 @@ def connect(
         with _stage("save", report) as done:
             kept = "kept, in " if save(model, processor, folder) else ""
             done(f"{kept}{folder / 'model'} (everything) and {folder / 'connector'} (projectors alone)")
-        items = table = None
+        sets: list[RetrievalSet] = []
+        table = None
         if not held_back:
             remove_evaluation(folder / "evaluation.json")
             remove_page(folder / REPORT)
         else:
-            items = RetrievalSet(
-                audio=embedded("evaluate-clap-audio", "clap", held_back["audio"]).tensor(),
-                image=embedded("evaluate-clip-image", "clip", held_back["image"]).tensor(),
-                audio_labels=[str(item.label) for item in media["audio"]],
-                image_labels=[str(item.label) for item in media["image"]],
-                text_clap=text_clap.tensor(),
-                text_clip=text_clip.tensor(),
-            )
+            other = recipe.other
+
+            def side(space: str, modality: str) -> Side:
+                rows = embedded(space, held_back[modality], "evaluate-").tensor()
+                return Side(space, modality, rows, [str(item.label) for item in media[modality]])
+
+            query = side(other, leaves[other])
+            bank = (banks[other].tensor(), banks["clip"].tensor())
+            galleries = [modality for modality in ("image", "text") if modality in held_back]
+            sets = [RetrievalSet(query, side("clip", modality), *bank) for modality in galleries]
             if "names" in held_back:
-                items.names_clap = embedded("evaluate-clap-names", "clap", held_back["names"]).tensor()
-                items.names_clip = embedded("evaluate-clip-names", "clip", held_back["names"]).tensor()
+                sets += _with_names(
+                    sets,
+                    {
+                        space: embedded(space, held_back["names"], "evaluate-", "names").tensor()
+                        for space in leaves
+                        if "text" in model.config.modalities_of(space)
+                    },
+                    held_back["names"],
+                )
             with _stage("evaluate", report) as done:
-                table = {**baseline_metrics(items), "C-MCR": connector_metrics(model.connector, items)}
+                table = {**baseline_metrics(sets), "C-MCR": connector_metrics(model.connector, sets)}
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
-                done(f"{len(items.audio)} clips x {len(items.image)} images in {folder / 'evaluation.json'}")
+                counts = [f"{len(media[modality])} {_NOUNS[modality]}" for modality in (leaves[other], *galleries)]
+                done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
         entries = _entries(recipe, data)
         write_cards(folder, _card(recipe, model.config, entries, table, command), report)
-        connection = Connection(recipe, folder, model, items, media, table, entries)
+        connection = Connection(recipe, folder, model, sets, media, table, entries)
         if table is not None:
             with _stage("report", report) as done:
                 done(str(connection.write_report(table, command=command)))
     return connection
+
+
+def _with_names(sets: list[RetrievalSet], names: dict[str, torch.Tensor], items: Items) -> list[RetrievalSet]:
+    """Give the sets the class names for the closed cascade, and return the classification of point clouds by them.
+
+    Args:
+        names: embeddings of all names, by those spaces that embed text.
+    """
+    query = sets[0].query
+    classes = [str(item.label or item.value) for item in items]
+    distinct = sorted(set(classes))
+    embeds = {space: class_embeds(rows, [distinct.index(name) for name in classes]) for space, rows in names.items()}
+    if query.space in embeds:
+        for part in sets:
+            part.query_names, part.gallery_names = embeds[query.space], embeds["clip"]
+    if query.modality != "point_cloud":
+        return []
+    check_classes(query.labels, distinct, (query.modality, "names"))
+    gallery = Side("clip", "text", embeds["clip"], distinct)
+    return [RetrievalSet(query, gallery, sets[0].query_bank, sets[0].gallery_bank, classify=True)]
 
 
 def _check_training(recipe: Recipe, rows: int) -> None:
@@ -236,8 +280,8 @@ def _check_training(recipe: Recipe, rows: int) -> None:
     if rows and spec.batch_size > rows - spec.validation_rows:
         raise ValueError(
             f"train.batch_size is {spec.batch_size}, expected at most the {max(rows - spec.validation_rows, 0)} "
-            f"training rows ({rows} texts less {spec.validation_rows} of train.validation_rows). Lower either in the "
-            "recipe, or add texts."
+            f"training rows ({rows} {_NOUNS[recipe.overlap]} less {spec.validation_rows} of train.validation_rows). "
+            f"Lower either in the recipe, or add {_NOUNS[recipe.overlap]}."
         )
 
 
@@ -255,7 +299,8 @@ def _command(recipe: Recipe) -> str | None:
 
 def _entries(recipe: Recipe, data: dict[str, Items]) -> list[dict[str, Any]]:
     """Describe the training data of a recipe for a reader, entry by entry."""
-    roles = {"text": "the texts that connect", "image": "image memory", "audio": "audio memory"}
+    roles = {recipe.overlap: f"the {_NOUNS[recipe.overlap]} that connect"}
+    roles |= {modality: f"{modality.replace('_', ' ')} memory" for modality in recipe.leaves.values()}
     return [
         _entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit)
         for modality, role in roles.items()
@@ -306,11 +351,12 @@ def _card(
     return str(card)
 
 
-def _held_back(spec: EvaluateSpec | None, data_root: Path) -> tuple[dict[str, Items], dict[str, list[Item]]]:
+def _held_back(recipe: Recipe, data_root: Path) -> tuple[dict[str, Items], dict[str, list[Item]]]:
     """Read the evaluation items and list them with their classes; nothing where the recipe does not evaluate."""
+    spec = recipe.evaluate
     if spec is None:
         return {}, {}
-    items = {"image": Items([spec.image], "image", data_root), "audio": Items([spec.audio], "audio", data_root)}
+    items = {modality: Items([getattr(spec, modality)], modality, data_root) for modality in spec.modalities}
     media: dict[str, list[Item]] = {}
     for modality, part in items.items():
         media[modality] = []
@@ -319,9 +365,14 @@ def _held_back(spec: EvaluateSpec | None, data_root: Path) -> tuple[dict[str, It
                 raise ValueError(
                     f"The item {item.key!r} of evaluate.{modality} has no class. Fill its label or drop it."
                 )
-            # Of what is streamed, the names alone, whatever its size.
-            media[modality].append(replace(item, value=item.value if isinstance(item.value, Path) else None))
-    check_classes(*([str(item.label) for item in media[modality]] for modality in ("audio", "image")))
+            # Of what is streamed, the names alone, whatever its size; texts are short.
+            kept = isinstance(item.value, Path | str)
+            media[modality].append(item if kept else replace(item, value=None))
+    leaf = recipe.leaves[recipe.other]
+    labels = {modality: [str(item.label) for item in part] for modality, part in media.items()}
+    for modality in items:
+        if modality != leaf:
+            check_classes(labels[leaf], labels[modality], (leaf, modality))
     if spec.names is not None:
         items["names"] = Items([spec.names], "text", data_root)
     return items, media

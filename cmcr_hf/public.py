@@ -10,11 +10,15 @@ from transformers import (
 
 from .modeling.clap_extraction_cmcr import CMCRFeatureExtractor
 from .modeling.configuration_cmcr import CMCRConfig
+from .modeling.configuration_ulip import UlipConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRConnectorOutput, CMCRModel, CMCROutput, CMCRProjector
+from .modeling.modeling_ulip import UlipModel, UlipOutput
 from .modeling.processing_cmcr import CMCRProcessor
 
 AutoConfig.register("cmcr", CMCRConfig)
+AutoConfig.register("ulip", UlipConfig)
 AutoModel.register(CMCRConfig, CMCRModel)
+AutoModel.register(UlipConfig, UlipModel)
 AutoModelForZeroShotImageClassification.register(CMCRConfig, CMCRModel)
 AutoProcessor.register(CMCRConfig, CMCRProcessor)
 AutoFeatureExtractor.register(CMCRConfig, CMCRFeatureExtractor)
@@ -27,4 +31,7 @@ __all__ = [
     "CMCROutput",
     "CMCRProcessor",
     "CMCRProjector",
+    "UlipConfig",
+    "UlipModel",
+    "UlipOutput",
 ]

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cmcr_hf import CMCRModel, CMCRProcessor
+from cmcr_hf import CMCRModel, CMCRProcessor, UlipConfig, UlipModel
 
 # The models under test are so small that a second thread costs more in handing over than it computes.
 torch.set_num_threads(1)
@@ -154,4 +154,61 @@ def tiny_model(tiny_clip: Path, tiny_clap: Path, tmp_path_factory: pytest.TempPa
     torch.manual_seed(0)
     CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, config={"projection_dim": 8}).save_pretrained(folder)
     CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap).save_pretrained(folder)
+    return folder
+
+
+ULIP_POINT = {
+    "num_groups": 16,
+    "group_size": 8,
+    "group_hidden_size": 16,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def save_tiny_ulip(folder: Path, *, text: bool = False) -> Path:
+    torch.manual_seed(2)
+    config = UlipConfig(
+        point_config=ULIP_POINT,
+        vision_config=CLIP_VISION,
+        text_config={**CLIP_TEXT, "hidden_act": "quick_gelu"} if text else None,
+        projection_dim=12,
+    )
+    UlipModel(config).save_pretrained(folder)
+    # Other means than CLIP's, so that a picture that goes through the wrong one is noticed.
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)
+    if text:
+        tiny_tokenizer(20).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ulip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ULIP of width 12 with an image tower and its image processor, without a text tower."""
+    return save_tiny_ulip(tmp_path_factory.mktemp("sources") / "ulip")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_ulip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a text tower and tokenizer."""
+    return save_tiny_ulip(tmp_path_factory.mktemp("sources") / "ulip-text", text=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_ulip_model(tiny_clip: Path, tiny_ulip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP and ULIP with a random connector of width 8, fingerprints, and their processor."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-ulip"
+    torch.manual_seed(0)
+    model = CMCRModel.from_sources_pretrained(tiny_clip, ulip=tiny_ulip, config={"projection_dim": 8})
+    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, ulip=tiny_ulip)
+    model.record_fingerprints(processor)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

@@ -147,9 +147,9 @@ def test_pseudo_embeddings_are_the_soft_retrieval_of_equation_1(finished):
 
 def test_the_table_measures_the_connector_that_was_saved(finished):
     connector = CMCRConnector.from_pretrained(finished.folder / "connector")
-    assert finished.table["C-MCR"] == connector_metrics(connector, finished.items)
+    assert finished.table["C-MCR"] == connector_metrics(connector, finished.sets)
     assert {"chance", "C-MCR"} < set(finished.table)
-    assert finished.items.audio_labels == [kind for kind in sorted(KINDS) for _ in range(2)]
+    assert finished.sets[0].query.labels == [kind for kind in sorted(KINDS) for _ in range(2)]
 
 
 def test_model_and_connector_folders_load_and_embed_alike(finished, data):
@@ -189,7 +189,7 @@ def test_a_second_run_does_nothing_again(recipe, data, finished, copy, monkeypat
 def test_without_an_evaluate_section_there_is_no_table(recipe, data, copy):
     connection = connect(replace(recipe, evaluate=None), copy, data)
     assert connection.table is None
-    assert connection.items is None
+    assert connection.sets == []
 
 
 # What is stopped, and in place of which of its calls.
@@ -609,7 +609,7 @@ def test_the_page_has_the_terms_of_the_loss_and_the_test_data(finished):
     html = (finished.folder / "report.html").read_text(encoding="utf-8")
     for term in ("loss", "loss_overlap", "loss_leaf", "loss_intra"):
         assert f">{term}</code>" in html
-    assert '<th scope="row">test_sounds</th><td>audio to test with</td><td>6</td>' in html
+    assert '<th scope="row">test_sounds</th><td>clips to test with</td><td>6</td>' in html
     assert html.count("data:audio/mpeg;base64,") == 6
 
 

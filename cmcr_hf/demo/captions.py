@@ -7,7 +7,7 @@ text that bridges the two spaces is never a copy of a caption that an encoder wa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -109,32 +109,43 @@ def text(concept: str, generator: np.random.Generator) -> str:
 
 def concept_phrase(concept: str) -> str:
     """Return the plain phrase of a concept, "a bell"."""
-    return _with_articles(f"a {named_concept(concept).nouns[0]}")
+    return with_articles(f"a {named_concept(concept).nouns[0]}")
 
 
 def _sentence(templates: Sequence[str], concept: str, generator: np.random.Generator, colour: str | None) -> str:
     words = named_concept(concept)
+    fields = {
+        "verb": words.verbs,
+        "noise": words.noises,
+        "colour": (colour,) if colour else words.colours,
+        "size": _SIZES,
+        "background": _BACKGROUNDS,
+        "manner": _MANNERS,
+        "place": _PLACES,
+        "neighbour": _NEIGHBOURS,
+    }
+    return sentence(templates, words.nouns, fields, generator)
+
+
+def sentence(
+    templates: Sequence[str],
+    nouns: Sequence[str],
+    fields: Mapping[str, Sequence[str]],
+    generator: np.random.Generator,
+) -> str:
+    """Fill a random template with a noun and a random word of each other field, and set its articles.
+
+    The plain noun, the first one, is said half of the time, so that text towers know it best.
+    """
 
     def pick(choices: Sequence[str]) -> str:
         return choices[int(generator.integers(len(choices)))]
 
-    # The plain noun is said half of the time, so that both text towers know it best.
-    noun = words.nouns[0] if generator.random() < 0.5 else pick(words.nouns)
+    noun = nouns[0] if generator.random() < 0.5 else pick(nouns)
     template = pick(templates)
-    return _with_articles(
-        template.format(
-            noun=noun,
-            verb=pick(words.verbs),
-            noise=pick(words.noises),
-            colour=colour or pick(words.colours),
-            size=pick(_SIZES),
-            background=pick(_BACKGROUNDS),
-            manner=pick(_MANNERS),
-            place=pick(_PLACES),
-            neighbour=pick(_NEIGHBOURS),
-        )
-    )
+    return with_articles(template.format(noun=noun, **{name: pick(choices) for name, choices in fields.items()}))
 
 
-def _with_articles(sentence: str) -> str:
-    return re.sub(r"\b(a) (?=[aeio])", "an ", sentence)
+def with_articles(words: str) -> str:
+    """Set "an" for "a" in front of a vowel."""
+    return re.sub(r"\b(a) (?=[aeio])", "an ", words)

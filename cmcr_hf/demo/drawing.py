@@ -99,12 +99,23 @@ def draw(concept: str, generator: np.random.Generator, *, colour: str | None = N
     """
     words = named_concept(concept)
     name = colour or words.colours[int(generator.integers(len(words.colours)))]
-    if name not in COLOURS:
-        raise ValueError(f"Unknown colour {name!r}. Expected one of: {', '.join(COLOURS)}.")
-    body = _jitter(COLOURS[name], generator)
+    return photograph(name, generator, lambda image, body: _DRAWINGS[concept](_Pen(image, generator), body))
+
+
+def photograph(
+    colour: str, generator: np.random.Generator, paint: Callable[[Image.Image, Colour], None]
+) -> Image.Image:
+    """Take a picture of what `paint` puts into an image in a body colour: an RGB image of 64 x 64 pixels.
+
+    Background, clutter behind and in front, pixel noise and the tint of `colour`, a name of `COLOURS`, are random.
+    `paint` changes an image of twice the size.
+    """
+    if colour not in COLOURS:
+        raise ValueError(f"Unknown colour {colour!r}. Expected one of: {', '.join(COLOURS)}.")
+    body = _jitter(COLOURS[colour], generator)
     image = _background(generator)
     _clutter(image, generator, int(generator.integers(0, 5)), 0.05, 0.16)
-    _DRAWINGS[concept](_Pen(image, generator), body)
+    paint(image, body)
     _clutter(image, generator, int(generator.integers(0, 3)), 0.02, 0.06)
     small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     noise = generator.normal(0.0, generator.uniform(0.0, 12.0), (IMAGE_SIZE, IMAGE_SIZE, 3))

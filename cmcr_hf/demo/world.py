@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from PIL import Image
 from tqdm import tqdm
 
 from ..durable import clear_replacement, locked, named_write_errors, replace_folder, temporary_path
@@ -36,12 +38,19 @@ def stream(seed: int, split: str, concept: str, index: int) -> np.random.Generat
 
 def distinct_texts(concept: str, count: int, *, seed: int, split: str = "texts") -> list[str]:
     """Return `count` different texts of a concept: the first occurrences in the order of the index."""
-    texts: dict[str, None] = {}
-    # A concept has some thousands of texts, so a short run of indices is enough unless `count` is near that.
+    return distinct(text, concept, count, seed=seed, split=split)
+
+
+def distinct(
+    say: Callable[[str, np.random.Generator], str], concept: str, count: int, *, seed: int, split: str
+) -> list[str]:
+    """Return `count` different sentences that `say` makes: the first occurrences in the order of the index."""
+    sentences: dict[str, None] = {}
+    # A concept has some thousands of sentences, so a short run of indices is enough unless `count` is near that.
     for index in range(50 * count + 1000):
-        if len(texts) == count:
-            return list(texts)
-        texts.setdefault(text(concept, stream(seed, split, concept, index)))
+        if len(sentences) == count:
+            return list(sentences)
+        sentences.setdefault(say(concept, stream(seed, split, concept, index)))
     raise ValueError(f"Expected a count of texts that {concept!r} has, got {count}. Ask for fewer texts a concept.")
 
 
@@ -73,13 +82,33 @@ def write_world(
         "test_images": test_images,
         "test_sounds": test_sounds,
     }
+    return write_described(
+        folder, _write_items, version=GENERATOR_VERSION, seed=seed, concepts=list(CONCEPTS), counts=counts
+    )
+
+
+def write_described(
+    folder: Path,
+    write_items: Callable[[Path, int, dict[str, int]], None],
+    *,
+    version: int,
+    seed: int,
+    concepts: list[str],
+    counts: dict[str, int],
+) -> Path:
+    """Write a world and the marker that describes it, or keep the complete one of the same description.
+
+    `write_items(new, seed, counts)` fills the new folder. Errors are those of `write_world`.
+
+    Returns the folder.
+    """
     for split, count in counts.items():
         if count < 1:
             raise ValueError(f"Expected at least one item of {split} a concept, got {count}. Pass {split}=1 or more.")
     description = {
-        "generator_version": GENERATOR_VERSION,
+        "generator_version": version,
         "seed": seed,
-        "concepts": list(CONCEPTS),
+        "concepts": concepts,
         "counts": counts,
         "synthetic": True,
     }
@@ -89,7 +118,7 @@ def write_world(
     with locked(folder.parent):
         # Again: another process may have written it since.
         if not _is_there(folder, description):
-            _write(folder, description, seed, counts)
+            _write(folder, description, lambda new: write_items(new, seed, counts))
     return folder
 
 
@@ -105,12 +134,12 @@ def _is_there(folder: Path, description: dict[str, object]) -> bool:
     return False
 
 
-def _write(folder: Path, description: dict[str, object], seed: int, counts: dict[str, int]) -> None:
+def _write(folder: Path, description: dict[str, object], write_items: Callable[[Path], None]) -> None:
     new = temporary_path(folder)
     clear_replacement(folder)
     try:
         with named_write_errors(folder.parent):
-            _write_items(new, seed, counts)
+            write_items(new)
             (new / _MARKER).write_bytes(_described(description).encode())
             digest = hashlib.sha256(_described(description).encode()).hexdigest()
             time = _EPOCH + int(digest[:6], 16)
@@ -129,10 +158,7 @@ def _described(description: dict[str, object]) -> str:
 def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:
     for concept in tqdm(CONCEPTS, desc="Writing the synthetic world", unit="concept"):
         for split in ("images", "test_images"):
-            (folder / split / concept).mkdir(parents=True)
-            for index in range(counts[split]):
-                picture = draw(concept, stream(seed, split, concept, index))
-                picture.save(folder / split / concept / f"{index:04d}.png", compress_level=1)
+            write_pictures(folder / split / concept, draw, concept, counts[split], seed=seed, split=split)
         for split in ("sounds", "test_sounds"):
             (folder / split / concept).mkdir(parents=True)
             for index in range(counts[split]):
@@ -142,11 +168,27 @@ def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:
                 soundfile.write(wave, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
                 (folder / split / concept / f"{index:04d}.wav").write_bytes(wave.getvalue())
     texts = [(line, concept) for concept in CONCEPTS for line in distinct_texts(concept, counts["texts"], seed=seed)]
-    _write_csv(folder / "texts.csv", texts)
-    _write_csv(folder / "names.csv", [(concept_phrase(concept), concept) for concept in CONCEPTS])
+    write_table(folder / "texts.csv", texts)
+    write_table(folder / "names.csv", [(concept_phrase(concept), concept) for concept in CONCEPTS])
 
 
-def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+def write_pictures(
+    folder: Path,
+    picture: Callable[[str, np.random.Generator], Image.Image],
+    concept: str,
+    count: int,
+    *,
+    seed: int,
+    split: str,
+) -> None:
+    """Make a folder of the pictures of one concept, each of its own stream: `0000.png` and on."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        picture(concept, stream(seed, split, concept, index)).save(folder / f"{index:04d}.png", compress_level=1)
+
+
+def write_table(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Write a table of the columns text and concept."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("text", "concept"))

@@ -9,41 +9,78 @@ import torch
 
 from ..modeling.modeling_cmcr import CMCRConnector
 from .baselines import baseline_scores
+from .classification import top_k_accuracy
 from .retrieval import chance, label_retrieval
 
-# {"audio_to_image": {"P@1": ...}, "image_to_audio": {...}}
+# By direction, such as {"audio_to_image": {"P@1": ...}, "image_to_audio": {...}}
 Metrics = dict[str, dict[str, float]]
-DIRECTIONS = ("audio_to_image", "image_to_audio")
+CLASSIFICATION = "zero-shot classification"
+
+
+@dataclass
+class Side:
+    """Held-back items of one modality with their classes, as unit rows `(items, dim)` of a source space."""
+
+    space: str
+    modality: str
+    embeds: torch.Tensor
+    labels: Sequence[str]
 
 
 @dataclass
 class RetrievalSet:
-    """Held-back items with classes, as unit rows of the source spaces, and the text bank that the bridges use.
+    """Two sides to retrieve from each other, and the bank of overlap items that the bridges use.
 
     Args:
-        audio, image: `(items, dim)` of CLAP and CLIP.
-        text_clap, text_clip: `(texts, dim)`, the same texts in both spaces.
-        names_clap, names_clip: `(classes, dim)`, a phrase a class, for the closed cascade.
+        query, gallery: sides of different spaces; both directions are measured, this one first.
+        query_bank, gallery_bank: `(overlap items, dim)`, the same items row by row in the space of each side.
+        query_names, gallery_names: `(classes, dim)`, a phrase a class, for the closed cascade.
+        classify: the gallery is one phrase a class: measure whether the right one comes first, instead of retrieval.
     """
 
-    audio: torch.Tensor
-    image: torch.Tensor
-    audio_labels: Sequence[str]
-    image_labels: Sequence[str]
-    text_clap: torch.Tensor
-    text_clip: torch.Tensor
-    names_clap: torch.Tensor | None = None
-    names_clip: torch.Tensor | None = None
+    query: Side
+    gallery: Side
+    query_bank: torch.Tensor
+    gallery_bank: torch.Tensor
+    query_names: torch.Tensor | None = None
+    gallery_names: torch.Tensor | None = None
+    classify: bool = False
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The names of what is measured."""
+        ways = (self.query.modality, self.gallery.modality)
+        return (CLASSIFICATION,) if self.classify else ("_to_".join(ways), "_to_".join(ways[::-1]))
+
+    def metrics(self, there: torch.Tensor, back: torch.Tensor) -> Metrics:
+        """Return the metrics of `(query, gallery)` and `(gallery, query)` scores."""
+        labels = (self.query.labels, self.gallery.labels)
+        if self.classify:
+            return {CLASSIFICATION: top_k_accuracy(there, [labels[1].index(label) for label in labels[0]], self._ks)}
+        return retrieval_metrics(there, back, *labels, (self.query.modality, self.gallery.modality))
+
+    def chance(self) -> Metrics:
+        """Return what a random ranking gives on average."""
+        if self.classify:
+            return {CLASSIFICATION: {f"top-{k}": k / len(self.gallery.labels) for k in self._ks}}
+        ways = (self.query.modality, self.gallery.modality)
+        return chance_metrics(self.query.labels, self.gallery.labels, ways)
+
+    @property
+    def _ks(self) -> tuple[int, ...]:
+        return tuple(k for k in (1, 3, 5) if k <= len(self.gallery.labels))
 
 
-def check_classes(audio_labels: Sequence[str], image_labels: Sequence[str]) -> None:
+def check_classes(
+    query_labels: Sequence[str], gallery_labels: Sequence[str], modalities: tuple[str, str] = ("audio", "image")
+) -> None:
     """Check that every class has items on both sides, without which no query of it could be answered.
 
     Raises:
         ValueError: names a class that has none.
     """
-    audio, image = set(audio_labels), set(image_labels)
-    for side, other, lone in (("audio", "image", audio - image), ("image", "audio", image - audio)):
+    first, second = set(query_labels), set(gallery_labels)
+    for (side, other), lone in ((modalities, first - second), (modalities[::-1], second - first)):
         if lone:
             raise ValueError(
                 f"The class {min(lone)!r}, one of {len(lone)} such, has {side} items but no {other}. Add items of it "
@@ -52,60 +89,73 @@ def check_classes(audio_labels: Sequence[str], image_labels: Sequence[str]) -> N
 
 
 def retrieval_metrics(
-    audio_to_image: torch.Tensor,
-    image_to_audio: torch.Tensor,
-    audio_labels: Sequence[str],
-    image_labels: Sequence[str],
+    there: torch.Tensor,
+    back: torch.Tensor,
+    query_labels: Sequence[str],
+    gallery_labels: Sequence[str],
+    modalities: tuple[str, str] = ("audio", "image"),
 ) -> Metrics:
-    """Return P@1, P@10 and mAP of both directions from `(audio, image)` and `(image, audio)` scores."""
-    check_classes(audio_labels, image_labels)
-    ks = _cut_offs(audio_labels, image_labels)
+    """Return P@1, P@10 and mAP of both directions from `(query, gallery)` and `(gallery, query)` scores."""
+    check_classes(query_labels, gallery_labels, modalities)
+    ks = _cut_offs(query_labels, gallery_labels)
     return {
-        "audio_to_image": label_retrieval(audio_to_image, audio_labels, image_labels, ks),
-        "image_to_audio": label_retrieval(image_to_audio, image_labels, audio_labels, ks),
+        "_to_".join(modalities): label_retrieval(there, query_labels, gallery_labels, ks),
+        "_to_".join(modalities[::-1]): label_retrieval(back, gallery_labels, query_labels, ks),
     }
 
 
-def chance_metrics(audio_labels: Sequence[str], image_labels: Sequence[str]) -> Metrics:
+def chance_metrics(
+    query_labels: Sequence[str], gallery_labels: Sequence[str], modalities: tuple[str, str] = ("audio", "image")
+) -> Metrics:
     """Return what a random ranking gives on average, in both directions."""
-    check_classes(audio_labels, image_labels)
-    ks = _cut_offs(audio_labels, image_labels)
+    check_classes(query_labels, gallery_labels, modalities)
+    ks = _cut_offs(query_labels, gallery_labels)
     return {
-        "audio_to_image": chance(audio_labels, image_labels, ks),
-        "image_to_audio": chance(image_labels, audio_labels, ks),
+        "_to_".join(modalities): chance(query_labels, gallery_labels, ks),
+        "_to_".join(modalities[::-1]): chance(gallery_labels, query_labels, ks),
     }
 
 
-def _cut_offs(audio_labels: Sequence[str], image_labels: Sequence[str]) -> tuple[int, ...]:
-    return tuple(k for k in (1, 10) if k <= min(len(audio_labels), len(image_labels)))
+def _cut_offs(query_labels: Sequence[str], gallery_labels: Sequence[str]) -> tuple[int, ...]:
+    return tuple(k for k in (1, 10) if k <= min(len(query_labels), len(gallery_labels)))
 
 
-def baseline_metrics(items: RetrievalSet) -> dict[str, Metrics]:
-    """Return the metrics of chance and of every baseline (see `baseline_scores`), by name."""
-    table = {"chance": chance_metrics(items.audio_labels, items.image_labels)}
-    scores = baseline_scores(
-        items.audio, items.image, items.text_clap, items.text_clip, items.names_clap, items.names_clip
-    )
-    for name, (there, back) in scores.items():
-        table[name] = retrieval_metrics(there, back, items.audio_labels, items.image_labels)
+def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
+    """Return the metrics of chance and of every baseline (see `baseline_scores`) on all sets, by name."""
+    table: dict[str, Metrics] = {"chance": {}}
+    for part in sets:
+        table["chance"] |= part.chance()
+        scores = baseline_scores(
+            part.query.embeds,
+            part.gallery.embeds,
+            part.query_bank,
+            part.gallery_bank,
+            part.query_names,
+            part.gallery_names,
+        )
+        for name, (there, back) in scores.items():
+            table.setdefault(name, {}).update(part.metrics(there, back))
     return table
 
 
 @torch.no_grad()
-def connector_metrics(connector: CMCRConnector, items: RetrievalSet) -> Metrics:
-    """Return the metrics of a trained connector: both sides projected, compared by cosine."""
-    device = connector.device
-    audio = connector.project(items.audio.to(device), "clap")
-    image = connector.project(items.image.to(device), "clip")
-    scores = audio @ image.T
-    return retrieval_metrics(scores, scores.T, items.audio_labels, items.image_labels)
+def connector_metrics(connector: CMCRConnector, sets: Sequence[RetrievalSet]) -> Metrics:
+    """Return the metrics of a trained connector on all sets: both sides projected, compared by cosine."""
+    metrics: Metrics = {}
+    for part in sets:
+        query, gallery = (
+            connector.project(side.embeds.to(connector.device), side.space) for side in (part.query, part.gallery)
+        )
+        scores = query @ gallery.T
+        metrics |= part.metrics(scores, scores.T)
+    return metrics
 
 
 def mean_and_spread(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     """Return the mean and the standard deviation (0 for a single run) of every metric over runs."""
     mean: Metrics = {}
     spread: Metrics = {}
-    for direction in DIRECTIONS:
+    for direction in runs[0]:
         values = {
             name: torch.tensor([run[direction][name] for run in runs], dtype=torch.float64)
             for name in runs[0][direction]
@@ -116,29 +166,27 @@ def mean_and_spread(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
 
 
 def format_table(table: dict[str, Metrics], spread: dict[str, Metrics] | None = None) -> str:
-    """Lay out metrics by method as text, with the standard deviation behind those that have one."""
-    first = next(iter(table.values()))["audio_to_image"]
-    cells = {}
-    for name, metrics in table.items():
-        row = []
-        for direction in DIRECTIONS:
-            for metric, value in metrics[direction].items():
-                deviation = (spread or {}).get(name, {}).get(direction, {}).get(metric)
-                row.append(f"{value:.3f}" + (f" ±{deviation:.3f}" if deviation is not None else ""))
-        cells[name] = row
-    header = [*first, *first]
-    widths = [max(len(header[i]), *(len(row[i]) for row in cells.values())) for i in range(len(header))]
-    width = max(len(name) for name in cells)
-    half = sum(widths[: len(first)]) + 2 * (len(first) - 1)
-    # The first half is at least as wide as its title.
-    widths[len(first) - 1] += max(len("audio -> image") - half, 0)
-    half = max(half, len("audio -> image"))
-    lines = [f"{'':{width}}  {'audio -> image':<{half}}  image -> audio"]
-    lines += [
-        f"{'':{width}}  " + "  ".join(name.ljust(size) for name, size in zip(header, widths, strict=True)).rstrip()
-    ]
-    for name, row in cells.items():
-        lines.append(
-            f"{name:{width}}  " + "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
-        )
-    return "\n".join(lines)
+    """Lay out metrics by method as text, two directions side by side, the standard deviation behind those with one."""
+    directions = list(next(iter(table.values())))
+    pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
+    return "\n\n".join(_format_directions(table, spread or {}, pair) for pair in pairs)
+
+
+def _format_directions(table: dict[str, Metrics], spread: dict[str, Metrics], directions: Sequence[str]) -> str:
+    width = max(len(name) for name in table)
+    blocks = []
+    for direction in directions:
+        names = list(next(iter(table.values()))[direction])
+        rows = [names]
+        for method, metrics in table.items():
+            deviations = spread.get(method, {}).get(direction, {})
+            rows.append(
+                [f"{metrics[direction][n]:.3f}" + (f" ±{deviations[n]:.3f}" if n in deviations else "") for n in names]
+            )
+        sizes = [max(len(row[column]) for row in rows) for column in range(len(names))]
+        title = direction.replace("_to_", " -> ").replace("_", " ")
+        lines = [title, *("  ".join(cell.ljust(n) for cell, n in zip(row, sizes, strict=True)) for row in rows)]
+        size = max(len(line) for line in lines)
+        blocks.append([line.ljust(size) for line in lines])
+    first = [" " * width] * 2 + [name.ljust(width) for name in table]
+    return "\n".join("  ".join(parts).rstrip() for parts in zip(first, *blocks, strict=True))

@@ -8,8 +8,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# What a source model of each role can embed, and the leaf modality that is left when the overlap is taken out. A ULIP
-# point cloud is always the leaf: its text and image towers are there for the sake of the clouds.
+from .configuration_ulip import UlipConfig
+
+# What a source model of each role can embed at most, and the leaf modality that is left when the overlap is taken out.
+# A ULIP point cloud is always the leaf: its text and image towers are there for the sake of the clouds.
 SPACE_MODALITIES = {
     "clip": ("image", "text"),
     "clap": ("audio", "text"),
@@ -48,10 +50,11 @@ class CMCRConfig(PreTrainedConfig):
     r"""Configuration of a [`CMCRModel`] or a [`CMCRConnector`].
 
     Args:
-        clip_config, clap_config:
+        clip_config, clap_config, ulip_config:
             Configurations of the frozen source models, each optional. `clip_config` may be any image-text model of
             transformers with `get_image_features` and `get_text_features` (CLIP, SigLIP, SigLIP 2), `clap_config` any
-            audio-text one. The keys name the roles, which the checkpoints, projectors and bridges share.
+            audio-text one, `ulip_config` a [`UlipConfig`], whose image and text towers are optional. The keys name
+            the roles, which the checkpoints, projectors and bridges share.
         sources:
             Where each source came from: `{space: {"id": hub id or folder, "revision": commit}}`. A connector-only
             checkpoint finds its sources by it.
@@ -95,12 +98,14 @@ class CMCRConfig(PreTrainedConfig):
     sub_configs_defaults = {  # noqa: RUF012  (the class attribute that transformers reads)
         "clip_config": SubConfigSpec(config_class=AutoConfig, model_type="clip", optional=True),
         "clap_config": SubConfigSpec(config_class=AutoConfig, model_type="clap", optional=True),
+        "ulip_config": SubConfigSpec(config_class=UlipConfig, model_type="ulip", optional=True),
     }
     # Scalars of the training step: Trainer would try to concatenate them over evaluation batches.
     keys_to_ignore_at_inference = ["loss_overlap", "loss_leaf", "loss_intra"]  # noqa: RUF012
 
     clip_config: PreTrainedConfig | dict | None = None
     clap_config: PreTrainedConfig | dict | None = None
+    ulip_config: PreTrainedConfig | dict | None = None
     sources: dict | None = None
     fingerprints: list | None = None
     projectors: dict | None = None  # complete after creation, as are bridges and default_spaces
@@ -142,7 +147,7 @@ class CMCRConfig(PreTrainedConfig):
         preferred = {"text": "clip", "image": "clip", "audio": "clap", "point_cloud": "ulip"}
         defaults = {}
         for modality, favourite in preferred.items():
-            able = [space for space in spaces if modality in SPACE_MODALITIES[space]]
+            able = [space for space in spaces if modality in self.modalities_of(space)]
             if able:
                 defaults[modality] = favourite if favourite in able else able[0]
         self.default_spaces = {**defaults, **(self.default_spaces or {})}
@@ -174,13 +179,28 @@ class CMCRConfig(PreTrainedConfig):
         """The connected spaces, in the order `clip`, `clap`, `ulip`."""
         return list(self.projectors or {})
 
+    def modalities_of(self, space: str) -> tuple[str, ...]:
+        """Return what a space's source embeds: those of its role, but for the towers that a ULIP does without."""
+        source = self.source_config(space)
+        towers = {"image": "vision_config", "text": "text_config"} if space == "ulip" and source is not None else {}
+        return tuple(
+            modality
+            for modality in SPACE_MODALITIES[space]
+            if modality not in towers or getattr(source, towers[modality]) is not None
+        )
+
+    @property
+    def embedded_modalities(self) -> list[str]:
+        """All that the connected spaces embed."""
+        return list(dict.fromkeys(modality for space in self.spaces for modality in self.modalities_of(space)))
+
     def space_of(self, modality: str, space: str | None = None) -> str:
         """Return the space through which a modality is embedded: the one asked for, else the default one.
 
         Raises:
             ValueError: no connected space has this modality, or the one asked for has not.
         """
-        able = [name for name in self.spaces if modality in SPACE_MODALITIES[name]]
+        able = [name for name in self.spaces if modality in self.modalities_of(name)]
         space = space or (self.default_spaces or {}).get(modality)
         if space not in able:
             raise ValueError(

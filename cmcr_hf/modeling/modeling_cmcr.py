@@ -7,7 +7,7 @@ only; the training here follows the paper. Layouts of the projectors: the offici
 
 import copy
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,13 @@ class CMCROutput(ModelOutput):
     Args:
         loss: mean symmetric InfoNCE over all pairs of given modalities, when `return_loss`.
         logits_per_image: `(images, texts)`, scaled cosines.
-        logits_per_text: `(texts, images)`, or `(texts, clips)` where no images are given.
+        logits_per_text: `(texts, images)`, `(texts, clips)` where no images are given, or else `(texts, clouds)`.
         logits_per_audio: `(clips, texts)`.
         logits_per_audio_image: `(clips, images)`.
-        image_embeds, text_embeds, audio_embeds: `(rows, projection_dim)`, unit rows of the shared space.
+        logits_per_point_cloud: `(clouds, texts)`.
+        logits_per_point_cloud_image: `(clouds, images)`.
+        image_embeds, text_embeds, audio_embeds, point_cloud_embeds: `(rows, projection_dim)`, unit rows of the shared
+            space.
     """
 
     loss: torch.Tensor | None = None
@@ -73,9 +76,12 @@ class CMCROutput(ModelOutput):
     logits_per_text: torch.Tensor | None = None
     logits_per_audio: torch.Tensor | None = None
     logits_per_audio_image: torch.Tensor | None = None
+    logits_per_point_cloud: torch.Tensor | None = None
+    logits_per_point_cloud_image: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
+    point_cloud_embeds: torch.Tensor | None = None
 
 
 class CMCRProjector(nn.Module):
@@ -252,6 +258,7 @@ class CMCRModel(CMCRPreTrainedModel):
         >>> (audio @ image.T).argmax()
     """
 
+    # Without point clouds, of which transformers knows nothing.
     input_modalities = ["image", "text", "audio"]  # noqa: RUF012
 
     def __init__(
@@ -261,10 +268,10 @@ class CMCRModel(CMCRPreTrainedModel):
         modalities: Collection[str] | None = None,
     ):
         super().__init__(config)
-        self.modalities = _select_modalities(config.spaces, modalities)
+        self.modalities = _select_modalities(config.embedded_modalities, modalities)
         unused = []
         for space in config.spaces:
-            if not set(self.modalities) & set(SPACE_MODALITIES[space]):
+            if not set(self.modalities) & set(config.modalities_of(space)):
                 unused.append(rf"^{space}\.")
                 continue
             source_config = config.source_config(space)
@@ -295,7 +302,7 @@ class CMCRModel(CMCRPreTrainedModel):
         missing = [
             f"{space} {modality}"
             for space in self.config.spaces
-            for modality in SPACE_MODALITIES[space]
+            for modality in self.config.modalities_of(space)
             if modality not in self.modalities
         ]
         if missing:
@@ -330,9 +337,9 @@ class CMCRModel(CMCRPreTrainedModel):
         """Load a full checkpoint, or a connector-only one together with the sources that it records.
 
         Args:
-            modalities: of `image`, `text` and `audio`, those to load the towers of, all where it is `None`. The other
-                towers are not built, and of safetensors files not read; using one, or saving the model, is an error.
-                `text` means the text towers of all sources.
+            modalities: of `image`, `text`, `audio` and `point_cloud`, those to load the towers of, all where it is
+                `None`. The other towers are not built, and of safetensors files not read; using one, or saving the
+                model, is an error. `text` means the text towers of all sources.
 
         Raises:
             ValueError: a projector's or a source's weights are missing, a connector-only checkpoint records no
@@ -370,6 +377,7 @@ class CMCRModel(CMCRPreTrainedModel):
         cls,
         clip: str | os.PathLike | PreTrainedModel | None = None,
         clap: str | os.PathLike | PreTrainedModel | None = None,
+        ulip: str | os.PathLike | PreTrainedModel | None = None,
         connector: "str | os.PathLike | CMCRConnector | None" = None,
         *,
         config: dict | None = None,
@@ -383,6 +391,7 @@ class CMCRModel(CMCRPreTrainedModel):
         Args:
             clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded).
             clap: an audio-text model, likewise.
+            ulip: a [`UlipModel`], likewise.
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
             revisions: `{space: revision}` of sources on the Hub.
@@ -396,7 +405,9 @@ class CMCRModel(CMCRPreTrainedModel):
             ValueError: the sources are not those of the connector: a space, a width or a fingerprint differs.
             OSError: a source cannot be loaded.
         """
-        given = {space: source for space, source in (("clip", clip), ("clap", clap)) if source is not None}
+        given = {
+            space: source for space, source in (("clip", clip), ("clap", clap), ("ulip", ulip)) if source is not None
+        }
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         trained: CMCRConnector | None = (
             CMCRConnector.from_pretrained(connector, **hub) if isinstance(connector, (str, os.PathLike)) else connector
@@ -404,10 +415,11 @@ class CMCRModel(CMCRPreTrainedModel):
         expected = list(given) if trained is None else trained.config.spaces
         if not given or set(given) != set(expected):
             raise ValueError(
-                f"Expected the sources {expected or ['clip', 'clap']}, got {list(given)}. Pass clip= (image-text) and "
-                "clap= (audio-text)."
+                f"Expected the sources {expected or ['clip', 'clap']}, got {list(given)}. Pass clip= (image-text), "
+                "clap= (audio-text) and ulip= (point clouds) accordingly."
             )
-        selected = _select_modalities(expected, modalities)
+        able = [modality for space in expected for modality in SPACE_MODALITIES[space]]
+        selected = _select_modalities(able, modalities)
         if trained is not None:
             config = {name: getattr(trained.config, name) for name in CMCRConfig.__annotations__}
 
@@ -435,7 +447,7 @@ class CMCRModel(CMCRPreTrainedModel):
             if missing:
                 raise ValueError(
                     f"The {space} source is a {type(source).__name__}, which cannot embed {' and '.join(missing)}. "
-                    "Pass an image-text model as clip= and an audio-text model as clap=."
+                    "Pass an image-text model as clip=, an audio-text model as clap= and a UlipModel as ulip=."
                 )
         # Copies, since a composite configuration resets the attention of its parts.
         configs = {f"{space}_config": copy.deepcopy(source.config) for space, source in models.items()}
@@ -464,7 +476,7 @@ class CMCRModel(CMCRPreTrainedModel):
         return model.eval()
 
     def record_fingerprints(self, processor: Any) -> None:
-        """Store in the connector what each source gives for eight sentences, a picture and a tone.
+        """Store in the connector what each source gives for eight sentences, a picture, a tone and a point cloud.
 
         A connector checkpoint carries them, and sources that give something else are refused when they are attached.
 
@@ -472,10 +484,7 @@ class CMCRModel(CMCRPreTrainedModel):
             processor: the [`CMCRProcessor`] of the sources.
         """
         self.config.fingerprints = [
-            f"{space}_{modality}"
-            for space in self.config.spaces
-            for modality in SPACE_MODALITIES[space]
-            if modality in FINGERPRINT_ROWS
+            f"{space}_{modality}" for space in self.config.spaces for modality in self.config.modalities_of(space)
         ]
         for name in self.config.fingerprints:
             space, modality = name.split("_", 1)
@@ -547,6 +556,8 @@ class CMCRModel(CMCRPreTrainedModel):
 
         Args:
             pixel_values: `(images, channels, height, width)`, or what the source's own image processor gives.
+            space: the source whose image processor prepared the images; `config.default_spaces["image"]` where it is
+                `None`.
             **kwargs: further inputs of the source, such as SigLIP 2's `pixel_attention_mask` and `spatial_shapes`.
         """
         return self._embed("image", space, {"pixel_values": pixel_values, **kwargs})
@@ -568,6 +579,23 @@ class CMCRModel(CMCRPreTrainedModel):
         """
         return self._embed("audio", space, {"input_features": input_features, "is_longer": is_longer, **kwargs})
 
+    @can_return_tuple
+    def get_point_cloud_features(
+        self,
+        point_clouds: torch.Tensor,
+        num_points: torch.Tensor | None = None,
+        space: str | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Embed point clouds: `.pooler_output` is `(clouds, projection_dim)`, unit rows of the shared space.
+
+        Args:
+            point_clouds: `(clouds, points, channels)`, as [`CMCRProcessor`] makes them.
+            num_points: `(clouds,)`, how many points of each cloud count; the rest is padding without effect.
+            **kwargs: `seed` of the farthest point sampling (see [`UlipModel.get_point_cloud_features`]).
+        """
+        return self._embed("point_cloud", space, {"point_clouds": point_clouds, "num_points": num_points, **kwargs})
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -577,6 +605,8 @@ class CMCRModel(CMCRPreTrainedModel):
         is_longer: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        num_points: torch.Tensor | None = None,
         text_space: str | None = None,
         return_loss: bool = True,
         return_dict: bool | None = None,
@@ -586,9 +616,8 @@ class CMCRModel(CMCRPreTrainedModel):
         Args:
             text_space: the space whose tokenizer made `input_ids`; the default one where it is `None`.
             return_loss: contrastive loss for fine-tuning on true pairs: row i of every given modality belongs
-            together.
-                With unequal row counts, or one modality alone, there is none: `None` in eval mode, an error in
-                training mode.
+                together. With unequal row counts, or one modality alone, there is none: `None` in eval mode, an error
+                in training mode.
         """
         embeds = {}
         if pixel_values is not None:
@@ -598,21 +627,26 @@ class CMCRModel(CMCRPreTrainedModel):
             embeds["text"] = self.get_text_features(input_ids, attention_mask, space=text_space).pooler_output
         if input_features is not None:
             embeds["audio"] = self.get_audio_features(input_features, is_longer).pooler_output
+        if point_clouds is not None:
+            embeds["point_cloud"] = self.get_point_cloud_features(point_clouds, num_points).pooler_output
         if not embeds:
-            raise ValueError("Expected at least one of input_ids, pixel_values and input_features.")
-        image, text, audio = (embeds.get(modality) for modality in ("image", "text", "audio"))
+            raise ValueError("Expected at least one of input_ids, pixel_values, input_features and point_clouds.")
 
         scale = self.connector.logit_scale.exp()
-        output = CMCROutput(image_embeds=image, text_embeds=text, audio_embeds=audio)
-        if image is not None and text is not None:
-            output.logits_per_image = scale * image @ text.T
-            output.logits_per_text = output.logits_per_image.T
-        if audio is not None and text is not None:
-            output.logits_per_audio = scale * audio @ text.T
-            if image is None:
-                output.logits_per_text = output.logits_per_audio.T
-        if audio is not None and image is not None:
-            output.logits_per_audio_image = scale * audio @ image.T
+        output = CMCROutput(**{f"{modality}_embeds": rows for modality, rows in embeds.items()})
+        # Nearest relatives first: the others leave `logits_per_text` as it is.
+        for name, modality, other in (
+            ("logits_per_image", "image", "text"),
+            ("logits_per_audio", "audio", "text"),
+            ("logits_per_point_cloud", "point_cloud", "text"),
+            ("logits_per_audio_image", "audio", "image"),
+            ("logits_per_point_cloud_image", "point_cloud", "image"),
+        ):
+            if modality in embeds and other in embeds:
+                logits = scale * embeds[modality] @ embeds[other].T
+                setattr(output, name, logits)
+                if other == "text" and output.logits_per_text is None:
+                    output.logits_per_text = logits.T
         if return_loss:
             output.loss = self._paired_loss(list(embeds.values()), scale)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
@@ -627,9 +661,9 @@ class CMCRModel(CMCRPreTrainedModel):
         return torch.stack([symmetric_info_nce(a.float(), b.float(), scale.float()) for a, b in pairs]).mean()
 
 
-def _select_modalities(spaces: Iterable[str], modalities: Collection[str] | None) -> list[str]:
+def _select_modalities(able: Collection[str], modalities: Collection[str] | None) -> list[str]:
     """Return the modalities to load the towers of: those asked for, else all that the spaces have."""
-    able = list(dict.fromkeys(modality for space in spaces for modality in SPACE_MODALITIES[space]))
+    able = list(dict.fromkeys(able))
     if modalities is None:
         return able
     named = isinstance(modalities, Collection) and not isinstance(modalities, str)

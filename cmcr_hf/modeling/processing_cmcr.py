@@ -1,5 +1,5 @@
 # Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Processor of C-MCR: text, images and audio of any rate, channel count and length, for every source of a model."""
+"""Processor of C-MCR: text, images, audio and point clouds of any kind and size, for every source of a model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,30 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .clap_extraction_cmcr import CMCRFeatureExtractor
+from .configuration_ulip import UlipConfig
 from .feature_extraction_cmcr import extract_audio, extract_image
+from .point_cloud_loading_cmcr import load_point_cloud
 
 # No text has so many but one of blanks, and reading a book through would take a tokenizer seconds.
 CHARACTERS_PER_TOKEN = 256
 
 
-class CMCRProcessor(ProcessorMixin):
-    """Prepare text, images and audio for a [`CMCRModel`].
+# What a source needs of the processor to embed a modality.
+PARTS = {
+    ("clip", "image"): "image_processor",
+    ("clip", "text"): "tokenizer",
+    ("clap", "audio"): "feature_extractor",
+    ("clap", "text"): "clap_tokenizer",
+    ("ulip", "image"): "ulip_image_processor",
+    ("ulip", "text"): "ulip_tokenizer",
+}
 
-    Preprocessing is deterministic and per item: alone or in any batch, an item gives the same arrays.
+
+class CMCRProcessor(ProcessorMixin):
+    """Prepare text, images, audio and point clouds for a [`CMCRModel`].
+
+    Preprocessing is deterministic and per item: alone or in any batch, an item gives the same arrays. A part that no
+    source of the model needs is `None`.
 
     Args:
         image_processor: the CLIP source's.
@@ -30,28 +44,71 @@ class CMCRProcessor(ProcessorMixin):
             [`ClapFeatureExtractor`] becomes a [`CMCRFeatureExtractor`].
         tokenizer: the CLIP source's, which the default text space uses.
         clap_tokenizer: the CLAP source's.
+        ulip_image_processor, ulip_tokenizer: the ULIP source's, where it has these towers.
         clip_padding: `"longest"`, or `"max_length"` for SigLIP, whose text tower reads the last position.
         clap_max_length: cut CLAP's texts to this many tokens. LAION-CLAP is trained and used with 77.
+        point_channels: numbers a point that the ULIP source takes: 3 for xyz, 6 for xyz and rgb.
+        max_points: of a larger cloud, so many points are drawn, and so many of a mesh's surface. ULIP-2 is used with
+            10,000.
+        normalize_point_clouds: move clouds to their centroid and scale the farthest point to 1. The official C-MCR
+            takes clouds as they are; ModelNet40 is evaluated with normalised ones.
     """
 
     clap_tokenizer: Any
+    ulip_image_processor: Any
+    ulip_tokenizer: Any
 
     def __init__(
         self,
-        image_processor: Any,
-        feature_extractor: Any,
-        tokenizer: Any,
-        clap_tokenizer: Any,
+        image_processor: Any = None,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        clap_tokenizer: Any = None,
+        ulip_image_processor: Any = None,
+        ulip_tokenizer: Any = None,
         clip_padding: str = "longest",
         clap_max_length: int = 77,
+        point_channels: int = 3,
+        max_points: int = 10_000,
+        normalize_point_clouds: bool = False,
     ) -> None:
         if isinstance(feature_extractor, ClapFeatureExtractor):
             feature_extractor = CMCRFeatureExtractor.from_dict(feature_extractor.to_dict())
-        super().__init__(image_processor, feature_extractor, tokenizer, clap_tokenizer)
+        super().__init__(
+            image_processor, feature_extractor, tokenizer, clap_tokenizer, ulip_image_processor, ulip_tokenizer
+        )
         if clip_padding not in ("longest", "max_length"):
             raise ValueError(f"Expected clip_padding to be 'longest' or 'max_length', got {clip_padding!r}.")
         self.clip_padding = clip_padding
         self.clap_max_length = clap_max_length
+        self.point_channels = point_channels
+        self.max_points = max_points
+        self.normalize_point_clouds = normalize_point_clouds
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Check the class of a part, where it is there (called by transformers at creation)."""
+        if argument is not None:
+            return super().check_argument_for_proper_class(argument_name, argument)
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `processor_config.json` holds; a part that is not there is `None` in it, tokenizers too."""
+        return super().to_dict() | {name: None for name in type(self).get_attributes() if getattr(self, name) is None}
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        stored = processor_dict or {}
+        # A part that is there is an object or, a tokenizer, not mentioned.
+        present = [name for name in cls.get_attributes() if stored.get(name, name) is not None]
+        # The class that transformers takes the names of the parts from.
+        parts: Any = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: present)})
+        loaded = super(CMCRProcessor, parts)._get_arguments_from_pretrained(
+            pretrained_model_name_or_path, processor_dict, **kwargs
+        )
+        found = dict(zip(present, loaded, strict=True))
+        return [found.get(name) for name in cls.get_attributes()]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -59,7 +116,8 @@ class CMCRProcessor(ProcessorMixin):
     ) -> CMCRProcessor:
         """Load a processor from the folder or Hub id that `save_pretrained` or `push_to_hub` wrote."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        processor.image_processor = _load_image_processor(pretrained_model_name_or_path, **kwargs)
+        if processor.image_processor is not None:
+            processor.image_processor = _load_image_processor(pretrained_model_name_or_path, **kwargs)
         return processor
 
     @classmethod
@@ -86,50 +144,69 @@ class CMCRProcessor(ProcessorMixin):
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Save every part to a folder; the files do not depend on what was prepared before."""
-        for tokenizer in (self.tokenizer, self.clap_tokenizer):
-            if tokenizer.is_fast:
+        for tokenizer in (self.tokenizer, self.clap_tokenizer, self.ulip_tokenizer):
+            if tokenizer is not None and tokenizer.is_fast:
                 # A fast tokenizer saves the padding and truncation of its latest call, and sets both anew at each.
                 tokenizer.backend_tokenizer.no_padding()
                 tokenizer.backend_tokenizer.no_truncation()
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        present = [name for name in type(self).get_attributes() if getattr(self, name) is not None]
+        # transformers saves every part that the class names.
+        self.get_attributes = lambda: present  # type: ignore[method-assign]
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            del self.get_attributes
 
     @classmethod
     def from_sources_pretrained(
         cls,
-        clip: str | os.PathLike,
-        clap: str | os.PathLike,
+        clip: str | os.PathLike | None = None,
+        clap: str | os.PathLike | None = None,
+        ulip: str | os.PathLike | None = None,
         *,
         revisions: dict[str, str | None] | None = None,
         **kwargs: Any,
     ) -> CMCRProcessor:
-        """Build the processor from the folders or Hub ids of the two sources.
+        """Build the processor from the folders or Hub ids of the sources.
 
         Args:
             clip: an image-text model's repository: image processor and tokenizer.
             clap: an audio-text model's repository: feature extractor and tokenizer.
+            ulip: a [`UlipModel`]'s repository: image processor and tokenizer for the towers it has.
             revisions: `{space: revision}` of sources on the Hub.
             **kwargs: `cache_dir`, `token`, ... for every part.
 
         Raises:
-            ValueError: a tokenizer's vocabulary is missing.
+            ValueError: a tokenizer's vocabulary is missing, or no source is given.
         """
+        if clip is None and clap is None and ulip is None:
+            raise ValueError("Expected the repository of at least one source. Pass clip=, clap= or ulip=.")
         # The main branch where none is named, as in every from_pretrained.
-        clip_arguments, clap_arguments = (
+        clip_arguments, clap_arguments, ulip_arguments = (
             {**kwargs, **({"revision": revision} if revision else {})}
-            for revision in ((revisions or {}).get("clip"), (revisions or {}).get("clap"))
+            for revision in ((revisions or {}).get(space) for space in ("clip", "clap", "ulip"))
         )
-        clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
-        tokenizer = _load_tokenizer(clip, **clip_arguments)
-        # SigLIP 2's tokenizer names no length: it would pad and cut nothing.
-        positions = getattr(clip_config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        return cls(
-            _load_image_processor(clip, **clip_arguments),
-            AutoFeatureExtractor.from_pretrained(clap, **clap_arguments),
-            tokenizer,
-            _load_tokenizer(clap, **clap_arguments),
-            clip_padding="max_length" if clip_config.model_type.startswith("siglip") else "longest",
-        )
+        parts: dict[str, Any] = {}
+        if clip is not None:
+            clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
+            tokenizer = _load_tokenizer(clip, **clip_arguments)
+            # SigLIP 2's tokenizer names no length: it would pad and cut nothing.
+            positions = getattr(clip_config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            parts["image_processor"] = _load_image_processor(clip, **clip_arguments)
+            parts["tokenizer"] = tokenizer
+            parts["clip_padding"] = "max_length" if clip_config.model_type.startswith("siglip") else "longest"
+        if clap is not None:
+            parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(clap, **clap_arguments)
+            parts["clap_tokenizer"] = _load_tokenizer(clap, **clap_arguments)
+        if ulip is not None:
+            ulip_config: Any = UlipConfig.from_pretrained(ulip, **ulip_arguments)
+            parts["point_channels"] = ulip_config.point_config.input_channels
+            if ulip_config.vision_config is not None:
+                parts["ulip_image_processor"] = _load_image_processor(ulip, **ulip_arguments)
+            if ulip_config.text_config is not None:
+                parts["ulip_tokenizer"] = _load_tokenizer(ulip, **ulip_arguments)
+        return cls(**parts)
 
     def __call__(
         self,
@@ -138,6 +215,7 @@ class CMCRProcessor(ProcessorMixin):
         audio: Any = None,
         sampling_rate: float | None = None,
         space: str | None = None,
+        point_clouds: Any = None,
         return_tensors: str = "pt",
         padding: bool | str = True,
         truncation: bool | str = True,
@@ -155,7 +233,10 @@ class CMCRProcessor(ProcessorMixin):
             audio: one clip or a list: path, bytes, array, tensor or a `datasets` dict (see [`load_audio`]). A list is
                 a batch of clips; samples of one clip go in as an array.
             sampling_rate: rate in Hz of audio given as arrays or tensors, required for those.
-            space: whose tokenizer prepares the text, `"clip"` (default) or `"clap"`; name the same space to the model.
+            space: whose tokenizer and image processor prepare the text and the images, `"clip"` (default where it is
+                there), `"clap"` or `"ulip"`; name the same space to the model.
+            point_clouds: one cloud or a list: array or tensor `(points, channels)`, path, bytes or dict (see
+                [`load_point_cloud`]).
             padding: of text: `True` as the source needs it, `"longest"` to the longest text given, `"max_length"` to
                 the source's length. Images and audio have the fixed size of their source.
             truncation: of text, `True` alone: texts are always cut to the source's length.
@@ -164,11 +245,12 @@ class CMCRProcessor(ProcessorMixin):
                 effect.
 
         Returns:
-            Those of `input_ids`, `attention_mask`, `pixel_values`, `input_features` and `is_longer` of the inputs.
+            Those of `input_ids`, `attention_mask`, `pixel_values`, `input_features` and `is_longer`, `point_clouds`
+            (padded to the largest) and `num_points` of the inputs.
 
         Raises:
-            ValueError: nothing was given, an input is unreadable, empty or not finite, an array has no rate, or the
-                source cannot take the padding or truncation.
+            ValueError: nothing was given, an input is unreadable, empty or not finite, an array has no rate, the
+                source cannot take the padding or truncation, or the model has no source for a modality.
         """
         grouped = {name: value for name, value in (audio_kwargs or {}).items() if name != "padding"}
         for group in (text_kwargs, images_kwargs, videos_kwargs, common_kwargs):
@@ -176,9 +258,9 @@ class CMCRProcessor(ProcessorMixin):
         if grouped:
             own = {"sampling_rate": sampling_rate, "space": space, "return_tensors": return_tensors}
             own |= {"padding": padding, "truncation": truncation}
-            return self(text, images, audio, **{**own, **grouped})
-        if text is None and images is None and audio is None:
-            raise ValueError("Expected at least one of text, images and audio.")
+            return self(text, images, audio, **{"point_clouds": point_clouds, **own, **grouped})
+        if text is None and images is None and audio is None and point_clouds is None:
+            raise ValueError("Expected at least one of text, images, audio and point_clouds.")
         data: dict[str, Any] = {}
         if text is not None:
             data.update(self._prepare_text(text, space, padding, truncation))
@@ -186,7 +268,9 @@ class CMCRProcessor(ProcessorMixin):
             items = _as_list(images)
             if not items:
                 raise ValueError("Expected at least one image, got an empty list.")
-            data.update(_stack([extract_image(item, self.image_processor) for item in items]))
+            # Texts of any space go with images of CLIP.
+            image_processor = self._part("image", space if space == "ulip" else None)
+            data.update(_stack([extract_image(item, image_processor) for item in items]))
         if audio is not None:
             clips = _as_list(audio)
             if not clips:
@@ -195,14 +279,16 @@ class CMCRProcessor(ProcessorMixin):
                 raise ValueError(
                     "Expected audio samples as an array, got a list of numbers. Pass np.asarray(samples)."
                 )
-            data.update(_stack([extract_audio(clip, self.feature_extractor, sampling_rate) for clip in clips]))
+            extractor = self._part("audio", None)
+            data.update(_stack([extract_audio(clip, extractor, sampling_rate) for clip in clips]))
+        if point_clouds is not None:
+            data.update(self._prepare_point_clouds(point_clouds))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _prepare_text(
         self, text: str | Iterable[str], space: str | None, padding: bool | str, truncation: bool | str
     ) -> Mapping[str, Any]:
-        if space not in (None, "clip", "clap"):
-            raise ValueError(f"Expected space='clip' or space='clap' for text, got {space!r}.")
+        tokenizer = self._part("text", space)
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
         if not texts or isinstance(text, (Mapping, Set)) or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"Expected text as a string or a non-empty list of strings, got {text!r:.80}.")
@@ -216,10 +302,12 @@ class CMCRProcessor(ProcessorMixin):
             raise ValueError(f"Expected truncation=True, as longer texts exceed the source, got {truncation!r}.")
         if padding is not True and padding not in ("longest", "max_length"):
             raise ValueError(f"Expected padding=True, 'longest' or 'max_length', got {padding!r}.")
-        if space == "clap":
-            length = min(self.clap_max_length, self.clap_tokenizer.model_max_length)
+        if tokenizer is not self.tokenizer:
+            length = tokenizer.model_max_length
+            if tokenizer is self.clap_tokenizer:
+                length = min(self.clap_max_length, length)
             padding = "longest" if padding is True else padding
-            return _tokenize(self.clap_tokenizer, texts, length, padding=padding, max_length=length)
+            return _tokenize(tokenizer, texts, length, padding=padding, max_length=length)
         fixed = self.clip_padding == "max_length"
         if fixed and padding == "longest":
             raise ValueError(
@@ -231,10 +319,45 @@ class CMCRProcessor(ProcessorMixin):
         length = self.tokenizer.model_max_length
         return _tokenize(self.tokenizer, texts, length, padding=padding, return_attention_mask=mask)
 
+    def _prepare_point_clouds(self, point_clouds: Any) -> dict[str, np.ndarray]:
+        items = _as_list(point_clouds)
+        if items and all(isinstance(item, (list, tuple, int, float)) for item in items):
+            raise ValueError("Expected a point cloud as an array, got a list of numbers. Pass np.asarray(points).")
+        if getattr(point_clouds, "ndim", 2) == 3:
+            items = list(point_clouds)
+        if not items:
+            raise ValueError("Expected at least one point cloud, got none.")
+        options = {"channels": self.point_channels, "max_points": self.max_points}
+        clouds = [load_point_cloud(item, normalize=self.normalize_point_clouds, **options) for item in items]
+        num_points = np.array([len(cloud) for cloud in clouds])
+        padded = np.zeros((len(clouds), num_points.max(), self.point_channels), np.float32)
+        for row, cloud in zip(padded, clouds, strict=True):
+            row[: len(cloud)] = cloud
+        return {"point_clouds": padded, "num_points": num_points}
+
+    def _part(self, modality: str, space: str | None) -> Any:
+        """Return the part that prepares a modality for a space, by default the first that can.
+
+        Raises:
+            ValueError: no source of this processor, or not the one asked for, has this modality.
+        """
+        able = {
+            name: part
+            for (name, of), attribute in PARTS.items()
+            if of == modality and (part := getattr(self, attribute)) is not None
+        }
+        if (space or next(iter(able), None)) not in able:
+            asked = "" if space is None else f", got space={space!r}"
+            raise ValueError(
+                f"Expected a space that embeds {modality}, one of {list(able)}{asked}. Use the processor of a model "
+                "with such a source."
+            )
+        return able[space] if space else next(iter(able.values()))
+
     @property
     def model_input_names(self) -> list[str]:
-        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
-        return [*names, *self.feature_extractor.model_input_names]
+        parts = (self.tokenizer, self.image_processor, self.feature_extractor)
+        return [name for part in parts if part is not None for name in part.model_input_names]
 
 
 def _load_image_processor(source: str | os.PathLike, **kwargs: Any) -> Any:

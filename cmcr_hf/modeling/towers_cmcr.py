@@ -10,6 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
+from .configuration_ulip import UlipConfig
+from .modeling_ulip import UlipModel
+
 logger = logging.get_logger(__name__)
 
 # What `from_pretrained` passes on from a connector to its sources; `revision` and `subfolder` are each repository's
@@ -28,7 +31,8 @@ TOWER_PREFIXES = {
 def build_source(config: PreTrainedConfig, modalities: Collection[str]) -> PreTrainedModel:
     """Build the towers of `modalities` of a source, with random weights or on the meta device."""
     config._attn_implementation = _source_attention(config, config._attn_implementation)
-    source = AutoModel.from_config(config)
+    # The Auto classes do not know ours where the code comes from the Hub.
+    source = UlipModel._from_config(config) if config.model_type == "ulip" else AutoModel.from_config(config)
     _remove_other_towers(source, modalities)
     return source
 
@@ -44,11 +48,13 @@ def load_source(
         source, revision, **{key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     )
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+    found, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **hub)
+    config_class: Any = UlipConfig if found.get("model_type") == "ulip" else AutoConfig
+    config = config_class.from_pretrained(source, revision=revision, **hub)
     attention = kwargs.get("attn_implementation")
     if attention is not None:
         kwargs = {**kwargs, "attn_implementation": _source_attention(config, attention)}
-    source_class: Any = MODEL_MAPPING[type(config)]
+    source_class: Any = _source_class(config)
 
     def build(self: PreTrainedModel, *args: Any, **arguments: Any) -> None:
         source_class.__init__(self, *args, **arguments)
@@ -59,6 +65,10 @@ def load_source(
     model = towers.from_pretrained(source, **({} if revision is None else {"revision": revision}), **kwargs)
     model.__class__ = source_class
     return model, {"id": os.fspath(source), "revision": getattr(revision, "resolved", revision)}
+
+
+def _source_class(config: PreTrainedConfig) -> Any:
+    return UlipModel if config.model_type == "ulip" else MODEL_MAPPING[type(config)]
 
 
 def _remove_other_towers(source: PreTrainedModel, modalities: Collection[str]) -> None:
@@ -73,7 +83,7 @@ def _remove_other_towers(source: PreTrainedModel, modalities: Collection[str]) -
 
 def _source_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
     """Return the attention for a source: one request for SDPA reaches every source that has it."""
-    model_class: Any = MODEL_MAPPING[type(config)]
+    model_class: Any = _source_class(config)
     if requested == "sdpa" and not model_class._supports_sdpa:
         logger.warning_once(f"{model_class.__name__} has no SDPA attention and keeps its eager one.")
         return "eager"

@@ -22,8 +22,8 @@ CURVE_POINTS = 300
 
 TERMS = {
     "loss": "total",
-    "loss_overlap": "texts of both spaces (InfoNCE)",
-    "loss_leaf": "pseudo pairs of image and audio (InfoNCE)",
+    "loss_overlap": "native pairs of both spaces (InfoNCE)",
+    "loss_leaf": "pseudo pairs (InfoNCE)",
     "loss_intra": "modality gap within a space",
 }
 # Of matplotlib's viridis: even in lightness, and readable without red and green.
@@ -43,17 +43,17 @@ def _class_sums(
 def heat_map(
     projected: Mapping[str, torch.Tensor], labels: Mapping[str, Sequence[str]], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Lay out the mean cosine of every class of sounds (row) with every class of pictures (column)."""
+    """Lay out the mean cosine of every class of queries (row) with every class of the gallery (column)."""
     means = {}
     for modality, rows in projected.items():
         sums, counts = _class_sums(rows, labels[modality], classes)
         means[modality] = sums / counts
     # The mean of cosines is the product of the means.
-    cosine = means["audio"] @ means["image"].T
+    cosine = means["query"] @ means["gallery"].T
     low, high = cosine.min().item(), cosine.max().item()
     nearest = cosine.argmax(1).tolist()
     lost = [
-        {"sound": classes[row], "picture": classes[column], "found": cosine[row, column], "own": cosine[row, row]}
+        {"query": classes[row], "gallery": classes[column], "found": cosine[row, column], "own": cosine[row, row]}
         for row, column in enumerate(nearest)
         if row != column
     ]
@@ -86,8 +86,8 @@ def heat_map(
             "y": top + row * cell,
             "fill": "#{:02x}{:02x}{:02x}".format(*_colour(levels[row][column])),
             "ink": "#ffffff" if levels[row][column] < 0.62 else "#000000",
-            "sound": classes[row],
-            "picture": classes[column],
+            "query": classes[row],
+            "gallery": classes[column],
             "value": values[row][column],
             "own": row == column,
             "nearest": nearest[row] == column,
@@ -130,18 +130,18 @@ def maps(
 
     On one scale, the plane is that of the principal axes of all that is shown. Spaces of different widths have no
     plane in common; each is drawn by itself. On scales of their own, both modalities are centred, put into the plane
-    of the pictures' principal axes and stretched to one spread. No class and no pair decides where a point lies.
+    of the gallery's principal axes and stretched to one spread. No class and no pair decides where a point lies.
     """
     rows = {
         modality: torch.linspace(0, len(part) - 1, min(len(part), MAP_POINTS)).round().long()
         for modality, part in source.items()
     }
     shown = {modality: [labels[modality][row] for row in part.tolist()] for modality, part in rows.items()}
-    both = ("audio", "image")
-    comparable = source["audio"].shape[1] == source["image"].shape[1]
+    both = ("query", "gallery")
+    comparable = source["query"].shape[1] == source["gallery"].shape[1]
     panels: list[list[tuple[str, tuple[str, ...]]]] = [[("before", both), ("after", both)]] * 2
     if not comparable:
-        panels = [[("before", ("audio",)), ("before", ("image",)), ("after", both)], [("after", both)]]
+        panels = [[("before", ("query",)), ("before", ("gallery",)), ("after", both)], [("after", both)]]
     groups = []
     for rescaled, group in enumerate(panels):
         drawn = []
@@ -151,7 +151,7 @@ def maps(
             whole = torch.cat(list(parts.values()))
             middle = whole.mean(0)
             parts = {name: part - (part.mean(0) if rescaled else middle) for name, part in parts.items()}
-            fitted = parts["image"] if rescaled else whole - middle
+            fitted = parts["gallery"] if rescaled else whole - middle
             axes = _axes(fitted)
             share = (fitted @ axes).square().sum() / fitted.square().sum().clamp(min=1e-12)
             points = {name: part @ axes for name, part in parts.items()}
@@ -235,19 +235,19 @@ def gap(
     labels: Mapping[str, Sequence[str]],
     classes: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Measure over all items, before (where the widths allow it) and after, how far sounds and pictures are apart."""
+    """Measure over all items, before (where the widths allow it) and after, how far queries and gallery are apart."""
     columns = []
     for when, spaces in (("before", source), ("after", projected)):
-        if spaces["audio"].shape[1] != spaces["image"].shape[1]:
+        if spaces["query"].shape[1] != spaces["gallery"].shape[1]:
             continue
-        (audio, audio_counts), (image, image_counts) = (
-            _class_sums(spaces[modality], labels[modality], classes) for modality in ("audio", "image")
+        (query, query_counts), (gallery, gallery_counts) = (
+            _class_sums(spaces[modality], labels[modality], classes) for modality in ("query", "gallery")
         )
-        same = (audio * image).sum().item()
-        whole = (audio.sum(0) @ image.sum(0)).item()
-        pairs = (audio_counts * image_counts).sum().item()
-        others = audio_counts.sum().item() * image_counts.sum().item() - pairs
-        distance = spaces["audio"].double().mean(0) - spaces["image"].double().mean(0)
+        same = (query * gallery).sum().item()
+        whole = (query.sum(0) @ gallery.sum(0)).item()
+        pairs = (query_counts * gallery_counts).sum().item()
+        others = query_counts.sum().item() * gallery_counts.sum().item() - pairs
+        distance = spaces["query"].double().mean(0) - spaces["gallery"].double().mean(0)
         columns.append(
             {
                 "when": when,

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..evaluation.connection import DIRECTIONS, Metrics, RetrievalSet
+from ..evaluation.connection import CLASSIFICATION, Metrics, RetrievalSet
 from ..modeling.modeling_cmcr import CMCRConnector
+from ..modeling.point_cloud_loading_cmcr import load_point_cloud
 from ..training.data import Item
 from ..training.recipe import Recipe
 from .charts import NAMED_CLASSES, PIXEL_CLASSES, VALUED_CLASSES, curves, gap, heat_map, maps
+from .clouds import draw_cloud
 from .page import picture_uri, render, sound_uri, write_page
 
-SOUNDS, PICTURES = 12, 5
+QUERIES, RESULTS = 12, 5
+
+# One and many, as a reader says.
+NOUNS = {
+    "audio": ("sound", "sounds"),
+    "image": ("picture", "pictures"),
+    "text": ("text", "texts"),
+    "point_cloud": ("point cloud", "point clouds"),
+}
 
 TRAINING_FREE = ("one-way bridge", "two-way bridge", "posterior matching")
-# What stands behind a row's name, up to a comma.
+# What stands behind a row's name, up to a comma; {bank} is what connects.
 METHODS = {
     "chance": ("reference", "a random ranking, its exact expectation"),
     "unconnected": ("no training", "cosine between the source spaces as if they were one"),
-    "ridge": ("fitted on texts", "the linear map that carries the texts of one space onto those of the other"),
-    "procrustes": ("fitted on texts", "the rotation that does"),
-    "one-way bridge": ("no training", "the query becomes a mixture of the texts that are nearest to it"),
+    "ridge": ("fitted on {bank}", "the linear map that carries the {bank} of one space onto those of the other"),
+    "procrustes": ("fitted on {bank}", "the rotation that does"),
+    "one-way bridge": ("no training", "the query becomes a mixture of the {bank} that are nearest to it"),
     "two-way bridge": ("no training", "the mean of that from both sides"),
-    "posterior matching": ("no training", "the probability that both sides draw the same text"),
+    "posterior matching": ("no training", "the probability that both sides draw the same of the {bank}"),
     "closed cascade": ("knows the classes", "the query is named first, out of the names of the test classes alone"),
-    "C-MCR": ("trained", "this connection: two small projectors, no texts at the query"),
-    "null": ("reference", "the same training with every text paired with a text of another concept"),
+    "C-MCR": ("trained", "this connection: two small projectors, no {bank} at the query"),
+    "null": ("reference", "the same training with the {bank} of both spaces paired across concepts"),
 }
 
 
@@ -38,7 +48,7 @@ def write_report(
     path: Path,
     recipe: Recipe,
     connector: CMCRConnector,
-    items: RetrievalSet,
+    sets: Sequence[RetrievalSet],
     media: Mapping[str, Sequence[Item]],
     table: Mapping[str, Metrics],
     *,
@@ -53,21 +63,28 @@ def write_report(
 
     Args:
         connector: trained, in eval mode.
-        media: under `audio` and `image` the items behind the rows of `items`; a value that is no path is not shown.
+        sets: what was measured; the page draws the first, whose two sides are retrieved from each other.
+        media: by modality the items behind the rows of the sets; of texts, paths alone are shown.
         table: metrics by method, as `baseline_metrics` and `connector_metrics` give them, with a row `C-MCR`.
         spread: standard deviations of the rows that are means of several runs.
         data: rows of `name`, `role`, `rows`, `licence`.
         history: Trainer's log with the terms of the loss.
         command: what made the results.
     """
+    sides = {"query": sets[0].query, "gallery": sets[0].gallery}
     with torch.no_grad():
         projected = {
-            modality: connector.project(rows.to(connector.device), space).float().cpu()
-            for modality, rows, space in (("audio", items.audio, "clap"), ("image", items.image, "clip"))
+            role: connector.project(side.embeds.to(connector.device), side.space).float().cpu()
+            for role, side in sides.items()
         }
-    labels = {"audio": list(items.audio_labels), "image": list(items.image_labels)}
-    classes = sorted(set(labels["audio"]))
-    source = {"audio": items.audio.float().cpu(), "image": items.image.float().cpu()}
+    labels = {role: list(side.labels) for role, side in sides.items()}
+    classes = sorted(set(labels["query"]))
+    source = {role: side.embeds.float().cpu() for role, side in sides.items()}
+    modalities = {role: side.modality for role, side in sides.items()}
+    modalities |= {"bank": recipe.overlap, "leaf": recipe.leaves["clip"]}
+    items = {role: media[side.modality] for role, side in sides.items()}
+    one, many = ({role: NOUNS[name][number] for role, name in modalities.items()} for number in (0, 1))
+    directions = list(next(iter(table.values())))
     context = {
         "recipe": recipe,
         "sources": [
@@ -80,10 +97,15 @@ def write_report(
         ],
         "data": data,
         "command": command,
-        "counts": {**{modality: len(rows) for modality, rows in labels.items()}, "class": len(classes)},
-        "methods": METHODS,
+        "counts": {**{role: len(rows) for role, rows in labels.items()}, "class": len(classes)},
+        "one": one,
+        "many": many,
+        "space_of": {role: side.space.upper() for role, side in sides.items()},
+        "ways": {direction: _way(direction) for direction in directions},
+        "classified": CLASSIFICATION in directions,
+        "methods": {name: tuple(part.format(bank=many["bank"]) for part in parts) for name, parts in METHODS.items()},
         "verdict": _verdict(table, spread or {}),
-        "tables": [_metric_table(table, spread or {}, direction) for direction in DIRECTIONS],
+        "tables": [_metric_table(table, spread or {}, direction) for direction in directions],
         "heat": heat_map(projected, labels, classes),
         "maps": maps(source, projected, labels, classes),
         "gap": gap(source, projected, labels, classes),
@@ -94,12 +116,12 @@ def write_report(
             for name, value in entry.items()
             if name == "eval_loss" or (name.startswith("eval_") and "_R@" in name)
         },
-        "sounds": _sounds(projected, labels, media),
-        "files": {modality: any(isinstance(item.value, Path) for item in part) for modality, part in media.items()},
+        "queries": _queries(projected, labels, items, modalities),
+        "files": {role: any(item.value is not None for item in part) for role, part in items.items()},
         "limits": {
             "named": NAMED_CLASSES,
             "valued": VALUED_CLASSES,
-            "pictures": PICTURES,
+            "results": RESULTS,
             "pixels": PIXEL_CLASSES,
         },
     }
@@ -112,28 +134,31 @@ def _row(table: Mapping[str, Any], method: str) -> str | None:
 
 
 def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics]) -> list[dict[str, Any]]:
-    """Compare the connection's mAP with the best training-free row and the null, one entry a direction."""
+    """Compare the connection's mAP, or its top-1, with the best training-free row and the null, by direction."""
     connection, null = _row(table, "C-MCR"), _row(table, "null")
     if connection is None:
         raise ValueError(f"Got the methods {', '.join(table)}, expected C-MCR among them. Pass its metrics in table=.")
     verdict = []
-    for direction in DIRECTIONS:
-        best = max((name for name in TRAINING_FREE if name in table), key=lambda name: table[name][direction]["mAP"])
-        value, rival = table[connection][direction]["mAP"], table[best][direction]["mAP"]
-        deviation = spread[connection][direction]["mAP"] if connection in spread else None
+    for direction in table[connection]:
+        metric = "top-1" if direction == CLASSIFICATION else "mAP"
+        rows = {name: row[direction][metric] for name, row in table.items()}
+        best = max((name for name in TRAINING_FREE if name in table), key=lambda name: rows[name])
+        value, rival = rows[connection], rows[best]
+        deviation = spread[connection][direction][metric] if connection in spread else None
         # Without a spread, what three decimals cannot tell apart.
         margin = deviation if deviation is not None else 0.0005
         verdict.append(
             {
                 "direction": direction,
+                "metric": metric,
                 "value": value,
                 "deviation": deviation,
                 "best": best,
                 "rival": rival,
                 "order": "level with" if abs(value - rival) <= margin else "above" if value > rival else "below",
-                "null": table[null][direction]["mAP"] if null else None,
-                "null_deviation": spread[null][direction]["mAP"] if null is not None and null in spread else None,
-                "chance": table["chance"][direction]["mAP"],
+                "null": rows[null] if null else None,
+                "null_deviation": spread[null][direction][metric] if null is not None and null in spread else None,
+                "chance": rows["chance"],
             }
         )
     return verdict
@@ -157,51 +182,58 @@ def _metric_table(table: Mapping[str, Metrics], spread: Mapping[str, Metrics], d
     return {"direction": direction, "metrics": metrics, "rows": rows}
 
 
-def _sounds(
-    projected: Mapping[str, torch.Tensor], labels: Mapping[str, Sequence[str]], media: Mapping[str, Sequence[Item]]
+def _queries(
+    projected: Mapping[str, torch.Tensor],
+    labels: Mapping[str, Sequence[str]],
+    items: Mapping[str, Sequence[Item]],
+    modalities: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Return some sounds, spread evenly over the classes, each with the pictures that the connection puts first."""
+    """Return some queries, spread evenly over the classes, each with what the connection puts first."""
     rows_by_class = defaultdict(list)
-    for row, label in enumerate(labels["audio"]):
+    for row, label in enumerate(labels["query"]):
         rows_by_class[label].append(row)
     classes = sorted(rows_by_class)
-    if len(classes) > SOUNDS:
-        classes = [classes[index * len(classes) // SOUNDS] for index in range(SOUNDS)]
+    if len(classes) > QUERIES:
+        classes = [classes[index * len(classes) // QUERIES] for index in range(QUERIES)]
     rounds = range(max(len(rows_by_class[name]) for name in classes))
     rows = [rows_by_class[name][turn] for turn in rounds for name in classes if turn < len(rows_by_class[name])]
-    sounds = []
-    for row in rows[:SOUNDS]:
-        cosine = projected["image"] @ projected["audio"][row]
-        found = cosine.sort(descending=True, stable=True).indices[:PICTURES].tolist()
-        item = media["audio"][row]
-        uri, problem = _shown(item, sound_uri)
-        results = []
-        for picture in found:
-            picture_item = media["image"][picture]
-            picture_data, picture_problem = _shown(picture_item, picture_uri)
-            results.append(
-                {
-                    "label": labels["image"][picture],
-                    "name": picture_item.key,
-                    "cosine": cosine[picture].item(),
-                    "right": labels["image"][picture] == labels["audio"][row],
-                    "uri": picture_data,
-                    "problem": picture_problem,
-                }
-            )
-        sounds.append(
-            {"label": labels["audio"][row], "name": item.key, "uri": uri, "problem": problem, "results": results}
-        )
-    return sounds
+    queries = []
+    for row in rows[:QUERIES]:
+        cosine = projected["gallery"] @ projected["query"][row]
+        found = cosine.sort(descending=True, stable=True).indices[:RESULTS].tolist()
+        own = labels["query"][row]
+        results = [
+            {
+                **_shown(items["gallery"][place], modalities["gallery"]),
+                "label": labels["gallery"][place],
+                "cosine": cosine[place].item(),
+                "right": labels["gallery"][place] == own,
+            }
+            for place in found
+        ]
+        queries.append({**_shown(items["query"][row], modalities["query"]), "label": own, "results": results})
+    return queries
 
 
-def _shown(item: Item, encode: Callable[[Any], str]) -> tuple[str | None, str | None]:
-    """Return an item's data URI, or None and the reason."""
+def _way(direction: str) -> str:
+    """Return a direction such as `audio_to_image` as a reader says it."""
+    return direction.replace("_to_", " → ").replace("_", " ")
+
+
+def _shown(item: Item, modality: str) -> dict[str, Any]:
+    """Return an item's name and kind with its data URI (a text itself), or with the reason why there is none."""
+    shown: dict[str, Any] = {"name": item.key, "kind": "text", "uri": item.value, "problem": None}
+    if modality == "text":
+        return shown
+    shown |= {"kind": "sound" if modality == "audio" else "picture", "uri": None}
     if not isinstance(item.value, Path):
-        return None, "not a file"
+        return shown | {"kind": None, "problem": "not a file"}
     try:
-        return encode(item.value), None
+        if modality == "point_cloud":
+            return shown | {"uri": picture_uri(draw_cloud(load_point_cloud(item.value)))}
+        return shown | {"uri": (sound_uri if modality == "audio" else picture_uri)(item.value)}
     except ValueError:
-        return None, "cannot be read"
-    except ImportError:
-        return None, "the libsndfile that is installed cannot write MP3"
+        return shown | {"kind": None, "problem": "cannot be read"}
+    except ImportError as error:
+        lacking = "the libsndfile that is installed cannot write MP3" if modality == "audio" else str(error)
+        return shown | {"kind": None, "problem": lacking}

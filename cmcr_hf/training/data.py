@@ -1,4 +1,4 @@
-"""Read the items that a recipe names: texts, images and audio from folders, tables and data sets."""
+"""Read the items that a recipe names: texts, images, audio and point clouds from folders, tables and data sets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ HUB_DATASETS = "hf://datasets/"
 SUFFIXES = {
     "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"},
     "audio": {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"},
+    "point_cloud": {".npy", ".npz", ".ply", ".off"},
 }
 
 
@@ -35,7 +36,7 @@ class Items:
 
     Args:
         specs: data entries, one after the other.
-        modality: `text`, `image` or `audio`.
+        modality: `text`, `image`, `audio` or `point_cloud`.
         root: folder that relative paths of the entries are relative to.
 
     Raises:

@@ -21,7 +21,7 @@ from .data import Item, Items
 from .store import EmbeddingStore
 
 # What an interruption may lose at most, in rows. The same for every batch size, so that a run may go on with another.
-SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024}
+SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024, "point_cloud": 1024}
 # Weights of one file, of shards or of an older format; configurations, tokenizers and their vocabularies.
 SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt")
 
@@ -33,8 +33,8 @@ def encode(
     """Embed values with a source model: `(len(values), dim)` float32 unit rows of the source's own space.
 
     Args:
-        values: texts, images or audio, as [`CMCRProcessor`] takes them.
-        space: `clip` or `clap`, the role of the source.
+        values: texts, images, audio or point clouds, as [`CMCRProcessor`] takes them.
+        space: `clip`, `clap` or `ulip`, the role of the source.
     """
     features = prepare(processor, modality, values, space).to(source.device)
     return normalize(source_features(source, modality, features).pooler_output.float())
@@ -127,10 +127,13 @@ def encode_items(
 
 
 def prepare(processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None) -> BatchFeature:
-    """Return the inputs of a model for texts, images or audio."""
+    """Return the inputs of a model for texts, images, audio or point clouds."""
+    items = list(values)
     if modality == "text":
-        return processor(text=list(values), space=space)
-    return processor(images=list(values)) if modality == "image" else processor(audio=list(values))
+        return processor(text=items, space=space)
+    if modality == "image":
+        return processor(images=items, space=space)
+    return processor(audio=items) if modality == "audio" else processor(point_clouds=items)
 
 
 def source_record(identity: str, revision: str | None, source: PreTrainedModel) -> dict[str, str]:

@@ -24,8 +24,12 @@ DATA_OPTIONS = {
     "table": {"column", "files", "label", "where"},
     "dataset": {"column", "config", "split", "revision", "data_files", "label", "where"},
 }
-# The counts that `cmcr demo` may be told.
-WORLD_COUNTS = ("images", "sounds", "texts", "test_images", "test_sounds")
+# The counts of the synthetic world that a recipe may ask for, by the space that CLIP is connected with.
+WORLD_COUNTS = {
+    "clap": ("images", "sounds", "texts", "test_images", "test_sounds"),
+    "ulip": ("images", "clouds", "texts", "test_images", "test_clouds", "test_texts"),
+}
+MODALITIES = ("text", "image", "audio", "point_cloud")
 # What no recipe comes near: beyond it, a file is another one or means harm.
 MAX_BYTES = 2**20
 MAX_VALUES = 10_000
@@ -36,8 +40,8 @@ class DataSpec:
     """One body of items of one modality: exactly one of `folder`, `table` and `dataset`.
 
     Args:
-        folder: folder of image or audio files, read in sorted order; relative to the data root, or an address such as
-            `hf://datasets/OWNER/NAME/FOLDER`, whose files are fetched one by one.
+        folder: folder of image, audio or point cloud files, read in sorted order; relative to the data root, or an
+            address such as `hf://datasets/OWNER/NAME/FOLDER`, whose files are fetched one by one.
         pattern: glob below the folder; all files of the modality's usual formats where it is missing.
         table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
             are the texts); UTF-8. Quotation marks have a meaning in .csv alone.
@@ -126,34 +130,50 @@ class TrainSpec:
 
 @dataclass
 class EvaluateSpec:
-    """Held-back items for class-level retrieval, and the class names for the closed cascade."""
+    """Held-back items with classes: sounds or point clouds, and the images or texts to retrieve them with.
 
-    image: DataSpec
-    audio: DataSpec
+    Args:
+        names: a phrase or several for each class: for the closed cascade of sounds, and for the zero-shot
+            classification of point clouds. Their label is the class, the phrase itself where it is missing.
+    """
+
+    image: DataSpec | None = None
+    audio: DataSpec | None = None
+    text: DataSpec | None = None
+    point_cloud: DataSpec | None = None
     names: DataSpec | None = None
 
     def __post_init__(self) -> None:
-        for modality in ("image", "audio"):
+        for modality in self.modalities:
             if getattr(self, modality).label is None:
                 raise ValueError(f"{modality} lacks a label, the class of an item: parent, stem or a column.")
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of the items that are given."""
+        return [modality for modality in MODALITIES if getattr(self, modality) is not None]
 
 
 @dataclass
 class Recipe:
-    """A whole connection.
+    """A whole connection: of CLIP with CLAP through texts, or with ULIP through images.
 
     Args:
+        sources: `clip`, and `clap` or `ulip`.
+        text, image, audio, point_cloud: data. That of the overlap modality is embedded in both spaces and connects
+            them; the two leaf modalities are the memories. A connection takes three of the four.
         connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
         aggregate_temperature: tau_1 of equation 1.
-        world: counts of the synthetic world that `cmcr demo` writes for this recipe.
+        world: counts of the synthetic world that is written for this recipe.
         licence: of the projectors that come of it, one of the Hub's identifiers such as `apache-2.0`.
     """
 
     name: str
     sources: dict[str, SourceSpec]
-    text: list[DataSpec]
-    image: list[DataSpec]
-    audio: list[DataSpec]
+    text: list[DataSpec] = field(default_factory=list)
+    image: list[DataSpec] = field(default_factory=list)
+    audio: list[DataSpec] = field(default_factory=list)
+    point_cloud: list[DataSpec] = field(default_factory=list)
     description: str = ""
     connector: dict[str, Any] = field(default_factory=dict)
     aggregate_temperature: float = 0.01
@@ -166,25 +186,79 @@ class Recipe:
         # It names the output folder and the repository of the card.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"expected name of letters, digits, '-', '_' and '.', got {self.name!r}.")
-        if set(self.sources) != {"clip", "clap"}:
-            raise ValueError(f"expected the sources clip and clap, got {', '.join(sorted(self.sources)) or 'none'}.")
+        if set(self.sources) not in ({"clip", "clap"}, {"clip", "ulip"}):
+            raise ValueError(
+                "expected the sources clip and clap, or clip and ulip, got "
+                f"{', '.join(sorted(self.sources)) or 'none'}."
+            )
         if not 0 < self.aggregate_temperature < math.inf:
             raise ValueError(f"expected a positive aggregate_temperature, got {self.aggregate_temperature}.")
-        for modality in ("text", "image", "audio"):
-            if not getattr(self, modality):
-                raise ValueError(f"expected at least one data entry under {modality}.")
         # Not with the module: the import of transformers takes seconds, which a command's help can do without.
         from ..modeling.configuration_cmcr import CMCRConfig
 
         hints = CMCRConfig.__annotations__
         # A recipe names its sources under `sources`, and their configurations come with them.
-        known = [name for name in hints if name not in ("clip_config", "clap_config", "sources", "fingerprints")]
+        unknown = ("clip_config", "clap_config", "ulip_config", "sources", "fingerprints")
+        known = [name for name in hints if name not in unknown]
         # CMCRConfig itself keeps unknown fields in silence, as every configuration of transformers does.
         _check_keys(self.connector, known, "connector")
         self.connector = {
             name: _build(hints[name], value, f"connector.{name}") for name, value in self.connector.items()
         }
-        _check_keys(self.world or {}, WORLD_COUNTS, "world")
+        bridges = self.connector.get("bridges")
+        if bridges is not None and (len(bridges) != 1 or not _is_bridge(bridges[0], self.sources)):
+            raise ValueError(f"expected connector.bridges as one [clip, {self.other}, MODALITY], got {bridges!r}.")
+        self._check_data()
+        _check_keys(self.world or {}, WORLD_COUNTS[self.other], "world")
+
+    @property
+    def other(self) -> str:
+        """The space that CLIP is connected with."""
+        return next(space for space in self.sources if space != "clip")
+
+    @property
+    def overlap(self) -> str:
+        """The modality that both spaces share and that connects them."""
+        bridges = self.connector.get("bridges")
+        default = {"clap": "text", "ulip": "image"}[self.other]
+        return str(bridges[0][2]) if bridges else default
+
+    @property
+    def leaves(self) -> dict[str, str]:
+        """The modality that is left to each space, for which the overlap gets pseudo embeddings."""
+        from ..modeling.configuration_cmcr import LEAF_MODALITIES
+
+        return {space: LEAF_MODALITIES[space, self.overlap] for space in ("clip", self.other)}
+
+    def _check_data(self) -> None:
+        needed = {self.overlap, *self.leaves.values()}
+        for modality in MODALITIES:
+            if modality in needed and not getattr(self, modality):
+                raise ValueError(f"expected at least one data entry under {modality}.")
+            if modality not in needed and getattr(self, modality):
+                raise ValueError(
+                    f"got data under {modality}, expected {', '.join(m for m in MODALITIES if m in needed)} alone for "
+                    f"clip and {self.other} through {self.overlap}. Remove it."
+                )
+        if self.evaluate is not None:
+            asked, able = self.leaves[self.other], ("image", "text")
+            given = set(self.evaluate.modalities)
+            if asked not in given or not given & set(able) or not given <= {asked, *able}:
+                raise ValueError(
+                    f"evaluate: expected {asked}, and image, text or both, got {sorted(given) or 'none'}."
+                )
+
+
+def _is_bridge(bridge: Any, sources: Collection[str]) -> bool:
+    from ..modeling.configuration_cmcr import LEAF_MODALITIES
+
+    return (
+        isinstance(bridge, list)
+        and len(bridge) == 3
+        and bridge[0] == "clip"
+        and bridge[1] in sources
+        and all((space, bridge[2]) in LEAF_MODALITIES for space in bridge[:2])
+    )
 
 
 def recipe_names() -> list[str]:

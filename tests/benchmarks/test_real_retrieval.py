@@ -212,10 +212,9 @@ def unit_rows(rows: int, seed: int) -> torch.Tensor:
 
 def random_embeddings() -> real_retrieval.Embeddings:
     texts = real_retrieval.TextSet(unit_rows(12, 0), unit_rows(12, 1), [name for name in "abcd" for _ in range(3)])
-    items = real_retrieval.RetrievalSet(
-        unit_rows(16, 4), unit_rows(20, 5), list("abcd" * 4), list("abcd" * 5), texts.clap, texts.clip
-    )
-    items.names_clap, items.names_clip = unit_rows(4, 6), unit_rows(4, 7)
+    audio = real_retrieval.Side("clap", "audio", unit_rows(16, 4), list("abcd" * 4))
+    image = real_retrieval.Side("clip", "image", unit_rows(20, 5), list("abcd" * 5))
+    items = real_retrieval.RetrievalSet(audio, image, texts.clap, texts.clip, unit_rows(4, 6), unit_rows(4, 7))
     return real_retrieval.Embeddings(
         unit_rows(30, 2), unit_rows(30, 3), texts, texts, items, {"clip": 0.6, "clap": 0.7}
     )

@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from cmcr_hf.evaluation.connection import (
+    CLASSIFICATION,
     RetrievalSet,
+    Side,
     baseline_metrics,
     chance_metrics,
     check_classes,
@@ -76,7 +78,13 @@ def items():
     def rows(count, width):
         return F.normalize(torch.randn(count, width, generator=generator), dim=-1)
 
-    return RetrievalSet(rows(3, 4), rows(2, 6), AUDIO_LABELS, IMAGE_LABELS, rows(5, 4), rows(5, 6))
+    query, gallery = rows(3, 4), rows(2, 6)
+    return RetrievalSet(
+        Side("clap", "audio", query, AUDIO_LABELS),
+        Side("clip", "image", gallery, IMAGE_LABELS),
+        rows(5, 4),
+        rows(5, 6),
+    )
 
 
 def test_a_connector_is_measured_by_the_cosine_of_its_projections(items):
@@ -84,10 +92,10 @@ def test_a_connector_is_measured_by_the_cosine_of_its_projections(items):
     config = CMCRConfig(projectors={"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}, projection_dim=8)
     connector = CMCRConnector(config).eval()
     with torch.no_grad():
-        audio = F.normalize(connector.projectors["clap"](items.audio), dim=-1)
-        image = F.normalize(connector.projectors["clip"](items.image), dim=-1)
+        audio = F.normalize(connector.projectors["clap"](items.query.embeds), dim=-1)
+        image = F.normalize(connector.projectors["clip"](items.gallery.embeds), dim=-1)
     scores = audio @ image.T
-    assert connector_metrics(connector, items) == retrieval_metrics(scores, scores.T, AUDIO_LABELS, IMAGE_LABELS)
+    assert connector_metrics(connector, [items]) == retrieval_metrics(scores, scores.T, AUDIO_LABELS, IMAGE_LABELS)
 
 
 def test_an_identity_connector_of_aligned_spaces_retrieves_everything():
@@ -95,8 +103,8 @@ def test_an_identity_connector_of_aligned_spaces_retrieves_everything():
         projectors={space: {"layout": "identity", "input_dim": 2} for space in ("clip", "clap")}, projection_dim=2
     )
     rows = torch.eye(2)
-    items = RetrievalSet(rows[[0, 1, 0]], rows, AUDIO_LABELS, IMAGE_LABELS, rows, rows)
-    result = connector_metrics(CMCRConnector(config).eval(), items)
+    query, gallery = Side("clap", "audio", rows[[0, 1, 0]], AUDIO_LABELS), Side("clip", "image", rows, IMAGE_LABELS)
+    result = connector_metrics(CMCRConnector(config).eval(), [RetrievalSet(query, gallery, rows, rows)])
     assert result == {
         "audio_to_image": {"P@1": 1.0, "mAP": 1.0},
         "image_to_audio": {"P@1": 1.0, "mAP": 1.0},
@@ -104,12 +112,36 @@ def test_an_identity_connector_of_aligned_spaces_retrieves_everything():
 
 
 def test_the_closed_cascade_is_measured_where_class_names_are_given(items):
-    without = baseline_metrics(items)
-    items.names_clap, items.names_clip = items.text_clap[:2], items.text_clip[:2]
-    names = list(baseline_metrics(items))
+    without = baseline_metrics([items])
+    items.query_names, items.gallery_names = items.query_bank[:2], items.gallery_bank[:2]
+    names = list(baseline_metrics([items]))
     assert names[0] == "chance"
     assert len(names) == len(without) + 1
     assert without["chance"] == chance_metrics(AUDIO_LABELS, IMAGE_LABELS)
+
+
+def test_a_gallery_of_names_is_measured_by_whether_the_right_one_comes_first():
+    config = CMCRConfig(
+        projectors={space: {"layout": "identity", "input_dim": 3} for space in ("clip", "ulip")}, projection_dim=3
+    )
+    names = torch.eye(3)
+    # The first is nearest to its own name, the second to its own but for one, the third to the others.
+    clouds = F.normalize(torch.tensor([[1.0, 0.1, 0.2], [0.2, 0.5, 1.0], [1.0, 0.5, 0.1]]), dim=-1)
+    query = Side("ulip", "point_cloud", clouds, ["ball", "box", "cone"])
+    items = RetrievalSet(
+        query, Side("clip", "text", names, ["ball", "box", "cone"]), torch.eye(3), torch.eye(3), classify=True
+    )
+    result = connector_metrics(CMCRConnector(config).eval(), [items])
+    assert result == {CLASSIFICATION: pytest.approx({"top-1": 1 / 3, "top-3": 1.0})}
+    assert baseline_metrics([items])["chance"] == {CLASSIFICATION: pytest.approx({"top-1": 1 / 3, "top-3": 1.0})}
+
+
+def test_sets_of_one_query_are_measured_side_by_side(items):
+    text = Side("clip", "text", items.gallery.embeds, IMAGE_LABELS)
+    table = baseline_metrics([items, RetrievalSet(items.query, text, items.query_bank, items.gallery_bank)])
+    ways = ["audio_to_image", "image_to_audio", "audio_to_text", "text_to_audio"]
+    assert all(list(metrics) == ways for metrics in table.values())
+    assert table["ridge"]["audio_to_text"] == table["ridge"]["audio_to_image"]
 
 
 def test_mean_and_spread_over_runs():

@@ -251,12 +251,12 @@ def test_text_that_no_file_can_hold(processor: CMCRProcessor) -> None:
 
 
 def test_an_unknown_space(processor: CMCRProcessor) -> None:
-    with pytest.raises(ValueError, match="got 'audio'"):
+    with pytest.raises(ValueError, match="got space='audio'"):
         processor(text="a", space="audio")
 
 
 def test_nothing_to_prepare(processor: CMCRProcessor) -> None:
-    with pytest.raises(ValueError, match="Expected at least one of text, images and audio"):
+    with pytest.raises(ValueError, match="Expected at least one of text, images, audio and point_clouds"):
         processor()
 
 

@@ -11,7 +11,7 @@ from cmcr_hf.pages import charts
 
 LABELS = ["cat", "dog", "bell", "dog", "sea", "sea"]
 CLASSES = ["bell", "cat", "dog", "sea"]
-BOTH = {"audio": LABELS, "image": LABELS}
+BOTH = {"query": LABELS, "gallery": LABELS}
 SAME = torch.tensor([[a == b for b in LABELS] for a in LABELS])
 HISTORY = [
     {"step": step, "loss": 4.0 / step, "loss_overlap": 2.0 / step, "loss_leaf": 1.9 / step, "loss_intra": 1.0 / step}
@@ -23,16 +23,16 @@ HISTORY = [
 def rows():
     """Random unit rows of both modalities: there is nothing to be found."""
     generator = torch.Generator().manual_seed(0)
-    return {modality: normalize(torch.randn(6, 16, generator=generator), dim=-1) for modality in ("audio", "image")}
+    return {modality: normalize(torch.randn(6, 16, generator=generator), dim=-1) for modality in ("query", "gallery")}
 
 
 def test_the_heat_map_holds_the_mean_cosine_of_every_pair_of_classes(rows):
     heat = charts.heat_map(rows, BOTH, CLASSES)
-    cosine = rows["audio"] @ rows["image"].T
+    cosine = rows["query"] @ rows["gallery"].T
     assert len(heat["cells"]) == 16
     for cell in heat["cells"]:
-        sounds = torch.tensor([label == cell["sound"] for label in LABELS])
-        pictures = torch.tensor([label == cell["picture"] for label in LABELS])
+        sounds = torch.tensor([label == cell["query"] for label in LABELS])
+        pictures = torch.tensor([label == cell["gallery"] for label in LABELS])
         assert cell["value"] == pytest.approx(cosine[sounds][:, pictures].mean().item(), abs=1e-6)
     assert heat["own"] == sum(cell["own"] and cell["nearest"] for cell in heat["cells"])
     assert heat["own"] + len(heat["lost"]) == 4
@@ -40,8 +40,8 @@ def test_the_heat_map_holds_the_mean_cosine_of_every_pair_of_classes(rows):
 
 def test_of_many_classes_the_heat_map_is_a_picture_with_a_light_diagonal():
     labels = [f"class {index:02d}" for index in range(60)]
-    rows = {"audio": torch.eye(60), "image": torch.eye(60)}
-    heat = charts.heat_map(rows, {"audio": labels, "image": labels}, labels)
+    rows = {"query": torch.eye(60), "gallery": torch.eye(60)}
+    heat = charts.heat_map(rows, {"query": labels, "gallery": labels}, labels)
     assert (heat["own"], heat["lost"], heat["cells"]) == (60, [], [])
     picture = Image.open(io.BytesIO(base64.b64decode(heat["pixels"].partition(",")[2])))
     assert picture.size == (60, 60)
@@ -50,23 +50,25 @@ def test_of_many_classes_the_heat_map_is_a_picture_with_a_light_diagonal():
 
 
 def test_on_its_own_scale_a_shrunken_and_shifted_copy_meets_every_class(rows):
-    sounds = 0.1 * rows["image"] + 3
-    _, (_, after) = charts.maps(rows, {"audio": sounds, "image": rows["image"]}, BOTH, CLASSES)
+    sounds = 0.1 * rows["gallery"] + 3
+    _, (_, after) = charts.maps(rows, {"query": sounds, "gallery": rows["gallery"]}, BOTH, CLASSES)
     for entry in after["classes"]:
-        assert entry["middles"]["audio"] == pytest.approx(entry["middles"]["image"], abs=0.11)
+        assert entry["middles"]["query"] == pytest.approx(entry["middles"]["gallery"], abs=0.11)
     # On one scale, the shift is nearly all that varies.
-    (_, after), _ = charts.maps(rows, {"audio": sounds, "image": rows["image"]}, BOTH, CLASSES)
+    (_, after), _ = charts.maps(rows, {"query": sounds, "gallery": rows["gallery"]}, BOTH, CLASSES)
     assert after["share"] > 0.95
-    assert all(abs(entry["middles"]["audio"][0] - entry["middles"]["image"][0]) > 300 for entry in after["classes"])
+    assert all(abs(entry["middles"]["query"][0] - entry["middles"]["gallery"][0]) > 300 for entry in after["classes"])
 
 
 def test_the_gap_is_that_of_all_items(rows):
     before, after = charts.gap(rows, rows, BOTH, CLASSES)
     assert before | {"when": "after"} == after
-    cosine = rows["audio"] @ rows["image"].T
+    cosine = rows["query"] @ rows["gallery"].T
     assert before["same"] == pytest.approx(cosine[SAME].mean().item(), abs=1e-6)
     assert before["other"] == pytest.approx(cosine[~SAME].mean().item(), abs=1e-6)
-    assert before["distance"] == pytest.approx((rows["audio"].mean(0) - rows["image"].mean(0)).norm().item(), abs=1e-6)
+    assert before["distance"] == pytest.approx(
+        (rows["query"].mean(0) - rows["gallery"].mean(0)).norm().item(), abs=1e-6
+    )
 
 
 def test_the_scale_runs_from_its_first_colour_to_its_last():
@@ -87,7 +89,7 @@ def test_the_plane_is_that_of_the_largest_variance_with_a_fixed_sign():
 
 def test_names_in_a_map_cover_neither_each_other_nor_a_middle():
     entries = [
-        {"name": f"class {index}", "middles": {"image": (100.0 + 5 * index, 100.0)}, "label": None}
+        {"name": f"class {index}", "middles": {"gallery": (100.0 + 5 * index, 100.0)}, "label": None}
         for index in range(20)
     ]
     charts._place_names(entries)

@@ -11,12 +11,13 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from cmcr_hf import CMCRConfig, CMCRConnector
-from cmcr_hf.evaluation.connection import RetrievalSet, baseline_metrics, connector_metrics
+from cmcr_hf.evaluation.connection import RetrievalSet, Side, baseline_metrics, connector_metrics
 from cmcr_hf.pages import report as page
 from cmcr_hf.pages.report import write_report
 from cmcr_hf.training.data import Item
 from cmcr_hf.training.recipe import DataSpec, Recipe, SourceSpec
 
+MODALITIES = {"query": "audio", "gallery": "image"}
 HISTORY = [
     {"step": step, "loss": 4.0 / step, "loss_overlap": 2.0 / step, "loss_leaf": 1.9 / step, "loss_intra": 1.0 / step}
     for step in (1, 2, 4)
@@ -34,14 +35,9 @@ def made(labels, *, audio_dim=16, image_dim=24):
     def rows(count, dim):
         return normalize(torch.randn(count, dim, generator=generator), dim=-1)
 
-    items = RetrievalSet(
-        audio=rows(len(labels), audio_dim),
-        image=rows(len(labels), image_dim),
-        audio_labels=labels,
-        image_labels=labels,
-        text_clap=rows(40, audio_dim),
-        text_clip=rows(40, image_dim),
-    )
+    query = Side("clap", "audio", rows(len(labels), audio_dim), labels)
+    gallery = Side("clip", "image", rows(len(labels), image_dim), labels)
+    sets = [RetrievalSet(query, gallery, rows(40, audio_dim), rows(40, image_dim))]
     torch.manual_seed(0)
     projectors = {"clip": {"input_dim": image_dim}, "clap": {"input_dim": audio_dim}}
     connector = CMCRConnector(CMCRConfig(projectors=projectors, projection_dim=8)).eval()
@@ -52,7 +48,7 @@ def made(labels, *, audio_dim=16, image_dim=24):
     # Measured where that takes no time.
     table = {name: metrics(0.5) for name in ("chance", "one-way bridge", "C-MCR")}
     if len(labels) <= 20:
-        table = {**baseline_metrics(items), "C-MCR": connector_metrics(connector, items)}
+        table = {**baseline_metrics(sets), "C-MCR": connector_metrics(connector, sets)}
     recipe = Recipe(
         name="tiny",
         sources={"clip": SourceSpec("org/clip", licence="MIT"), "clap": SourceSpec("org/clap")},
@@ -63,7 +59,7 @@ def made(labels, *, audio_dim=16, image_dim=24):
     return {
         "recipe": recipe,
         "connector": connector,
-        "items": items,
+        "sets": sets,
         "media": media,
         "table": table,
         "history": HISTORY,
@@ -253,21 +249,21 @@ def test_the_figures_of_held_out_texts_are_shown(arguments, tmp_path):
 
 def test_a_dozen_sounds_are_spread_over_the_classes():
     labels = [f"class {index // 2:02d}" for index in range(60)]
-    projected = {"audio": torch.eye(60), "image": torch.eye(60)}
+    projected = {"query": torch.eye(60), "gallery": torch.eye(60)}
     media = {side: [Item(f"{side} {row}", None, label) for row, label in enumerate(labels)] for side in projected}
-    sounds = page._sounds(projected, {"audio": labels, "image": labels}, media)
+    sounds = page._queries(projected, {"query": labels, "gallery": labels}, media, MODALITIES)
     assert [sound["label"] for sound in sounds[:3]] == ["class 00", "class 02", "class 05"]
     assert len({sound["label"] for sound in sounds}) == len(sounds) == 12
     # Each row finds itself first.
-    assert all(sound["results"][0]["name"] == sound["name"].replace("audio", "image") for sound in sounds)
+    assert all(sound["results"][0]["name"] == sound["name"].replace("query", "gallery") for sound in sounds)
     assert all(sound["results"][0]["right"] and sound["results"][0]["cosine"] == 1 for sound in sounds)
 
 
 def test_few_classes_give_several_sounds_each():
     labels = ["cat", "dog"] * 3
-    projected = {"audio": torch.eye(6), "image": torch.eye(6)}
+    projected = {"query": torch.eye(6), "gallery": torch.eye(6)}
     media = {side: [Item(str(row), None, label) for row, label in enumerate(labels)] for side in projected}
-    sounds = page._sounds(projected, {"audio": labels, "image": labels}, media)
+    sounds = page._queries(projected, {"query": labels, "gallery": labels}, media, MODALITIES)
     assert [sound["name"] for sound in sounds] == ["0", "1", "2", "3", "4", "5"]
     assert len(sounds[0]["results"]) == 5
     assert [result["right"] for result in sounds[0]["results"]].count(False) == 2
@@ -292,12 +288,12 @@ def test_files_are_shown_and_what_cannot_be_read_is_named(arguments, tmp_path):
     (tmp_path / "1.png").unlink()
     html = written(tmp_path, arguments)
     assert html.count("data:audio/mpeg;base64,") == 11
-    assert "No player: cannot be read." in text_of(html)
+    assert "Not shown: cannot be read." in text_of(html)
     assert str(tmp_path) not in html
 
 
 def test_items_that_are_no_files_are_named_without_media(arguments, tmp_path):
     text = text_of(written(tmp_path, arguments))
     assert "sounds and pictures of this evaluation are not files of a folder" in text
-    assert "No player" not in text
+    assert "Not shown" not in text
     assert "bell/2.wav" in text

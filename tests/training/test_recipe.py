@@ -80,7 +80,10 @@ def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
         ("train: {validation_rows: -1}", "train: expected validation_rows to be 0 or more, got -1"),
         ("train: [epochs]", "expected train to be a mapping, got ['epochs']"),
         ("aggregate_temperature: 0", "expected a positive aggregate_temperature, got 0.0"),
-        ("evaluate: {image: {folder: a, label: stem}}", "evaluate lacks the key 'audio'"),
+        ("evaluate: {image: {folder: a, label: stem}}", "evaluate: expected audio, and image, text or both"),
+        ("point_cloud: [{folder: clouds}]", "got data under point_cloud, expected text, image, audio alone"),
+        ("world: {clouds: 3}", "unknown key 'clouds' in world"),
+        ("connector: {bridges: [[clip, clap, image]]}", "expected connector.bridges as one [clip, clap, MODALITY]"),
         ("evaluate: {image: {folder: a}, audio: {folder: b, label: stem}}", "evaluate: image lacks a label"),
     ],
 )
@@ -114,12 +117,25 @@ def test_a_wrong_data_entry_is_named(tmp_path, entry, expected):
 
 
 def test_a_missing_key_is_named(tmp_path):
-    assert "the recipe lacks the key 'audio'" in refusal(write(tmp_path, MINIMAL.replace("audio:", "#")))
+    assert "expected at least one data entry under audio" in refusal(write(tmp_path, MINIMAL.replace("audio:", "#")))
+
+
+def test_clip_and_ulip_are_connected_through_images():
+    recipe = load_recipe("clip-ulip")
+    assert (recipe.other, recipe.overlap) == ("ulip", "image")
+    assert recipe.leaves == {"clip": "text", "ulip": "point_cloud"}
+    assert recipe.connector["projectors"]["ulip"] == {"layout": "linear-bn-relu"}
+
+
+def test_a_bridge_names_another_overlap(tmp_path):
+    text = MINIMAL.replace("clap: some/clap", "ulip: some/ulip").replace("audio:", "point_cloud:")
+    recipe = load_recipe(write(tmp_path, text + "connector: {bridges: [[clip, ulip, text]]}\n"))
+    assert recipe.leaves == {"clip": "image", "ulip": "point_cloud"}
 
 
 def test_a_missing_source_is_named(tmp_path):
     text = MINIMAL.replace("sources: {clip: some/clip, clap: some/clap}", "sources: {clip: some/clip}")
-    assert "expected the sources clip and clap, got clip" in refusal(write(tmp_path, text))
+    assert "expected the sources clip and clap, or clip and ulip, got clip" in refusal(write(tmp_path, text))
 
 
 def test_an_empty_list_of_data_is_refused(tmp_path):

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmcr_hf.demo import pretraining as module
+from cmcr_hf.demo.pretraining import (
+    accuracy,
+    class_chance,
+    class_retrieval,
+    folder_bytes,
+    relabelled_map,
+    train_apart,
+    train_contrastively,
+    unit,
+)
+
+
+def test_info_nce_is_the_cross_entropy_without_the_same_sentence() -> None:
+    logits = torch.tensor([[2.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+    expected = torch.tensor(
+        [
+            torch.tensor([2.0, 0.0]).logsumexp(0) - 2.0,
+            torch.tensor([1.0, 0.0]).logsumexp(0) - 1.0,
+            logits[2].logsumexp(0) - 3.0,
+        ]
+    ).mean()
+    assert module._info_nce(logits, ["a bee", "a bee", "a dog"]).item() == pytest.approx(expected.item())
+
+
+def test_contrastive_training_brings_pairs_together_the_same_way_for_the_same_generator() -> None:
+    first = unit(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
+    second = first[:, [1, 0, 3, 2, 5, 4]]
+    start = 0.01 * torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+
+    def trained() -> tuple[torch.Tensor, list[int]]:
+        model = torch.nn.utils.skip_init(torch.nn.Linear, 6, 6, bias=False)
+        model.weight.data.copy_(start)
+        seen = []
+
+        def logits(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+            seen.extend(rows.tolist())
+            per_first = 20 * unit(model(first[rows])) @ second[rows].T
+            return per_first, per_first.T, [str(row) for row in rows]
+
+        train_contrastively(model, 40, logits, np.random.default_rng(0), 200, "Training")
+        with torch.no_grad():
+            return model(first) @ second.T, seen
+
+    assert (unit(first @ start.T) @ second.T).argmax(dim=1).eq(torch.arange(40)).float().mean() < 0.2
+    state = torch.get_rng_state()
+    scores, seen = trained()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (scores.argmax(dim=1) == torch.arange(40)).float().mean() > 0.9
+    # A pass goes through all pairs.
+    assert sorted(seen[:40]) == list(range(40))
+    assert torch.equal(trained()[0], scores)
+
+
+def test_figures_of_perfect_and_of_relabelled_classes() -> None:
+    rows = torch.eye(4).repeat_interleave(5, dim=0)
+    labels = torch.arange(4).repeat_interleave(5)
+    assert class_retrieval(rows, rows, labels) == {"P@1": 1.0, "mAP": 1.0}
+    assert accuracy(rows, torch.eye(4)[[0, 1, 3, 2]], labels) == 0.5
+    assert class_chance(labels)["P@1"] == 0.25
+    luck = relabelled_map(rows, rows, labels, seed=0)
+    # One class in four meets itself on the average.
+    assert luck["mean"] == pytest.approx(class_chance(labels)["mAP"], abs=0.15)
+    assert luck["standard_deviation"] > 0.1
+    assert unit(torch.tensor([[3.0, 4.0]])).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]]
+
+
+def test_bytes_are_those_of_each_folder(tmp_path: Path) -> None:
+    for name, size in (("clip", 3), ("ulip", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_bytes(b"x" * size)
+    assert folder_bytes(tmp_path, "clip", "ulip") == {"clip": 3, "ulip": 5}
+
+
+def test_jobs_run_in_processes_of_their_own_with_one_thread_and_the_environment_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    code = "import os, pathlib; pathlib.Path(r'{}').write_text(os.environ['OMP_NUM_THREADS'] + ' ' + str(os.getpid()))"
+    jobs = {name: (exec, code.format(tmp_path / name)) for name in ("first", "second")}
+    assert set(train_apart(**jobs)) == {"first", "second"}
+    threads, processes = zip(*((tmp_path / name).read_text().split() for name in jobs), strict=True)
+    assert threads == ("1", "1") and os.environ["OMP_NUM_THREADS"] == "7"
+    assert len({*processes, str(os.getpid())}) == 3
+
+
+def test_a_job_that_fails_ends_the_others() -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="invalid literal"):
+        train_apart(sleeps=(time.sleep, 600), fails=(int, "no number"))
+    assert time.monotonic() - start < 60
