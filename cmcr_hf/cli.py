@@ -70,8 +70,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="connect two small spaces offline and report what came of it",
         description="Write a synthetic world and connect a small CLIP in it: with a small CLAP by sentences alone "
-        "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what no "
-        "training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges and a "
+        "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what "
+        "no training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges and a "
         "null.",
     )
     parser.add_argument(
@@ -206,12 +206,34 @@ def _shown(path: str | Path) -> str:
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="measure retrieval between a folder of images and a folder of audio",
+        help="measure a model on data of your own or on a benchmark",
+        description="Embed data with a model and measure a task. Each task has options of its own: cmcr evaluate TASK "
+        "--help.",
+        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    _add_retrieval(tasks)
+    _add_modelnet40(tasks)
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
+
+
+def _add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = tasks.add_parser(
+        "retrieval",
+        help="retrieval between a folder of images and a folder of audio",
         description="Embed two folders with a model and measure class-level retrieval in both directions. The class "
         "of an item is the name of its folder, or its own name where pairs share it (dog.jpg and dog.wav).",
-        epilog="Example: cmcr evaluate --model runs/demo/model --images photos --audio sounds --label stem",
+        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
     )
-    parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
+    _add_evaluation_options(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
     parser.add_argument("--audio", type=Path, required=True, help="folder of audio files, subfolders included")
     parser.add_argument(
@@ -220,24 +242,66 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         default="parent",
         help="class of a file: its folder's name or its own (default: %(default)s)",
     )
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    parser.set_defaults(run=_evaluate_retrieval)
+
+
+def _add_modelnet40(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = tasks.add_parser(
+        "modelnet40",
+        help="zero-shot classification of the point clouds of ModelNet40",
+        description="Compare the test clouds of ModelNet40, centred and scaled to the unit sphere, with the mean "
+        "embedding of 64 prompts for each of its 40 classes: top-1, top-3 and top-5 accuracy.",
+        epilog="Example: cmcr evaluate modelnet40 --model runs/clip-ulip/model --data modelnet40_ply_hdf5_2048",
     )
-    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
-    parser.set_defaults(run=_evaluate)
+    _add_evaluation_options(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of the .h5 release (modelnet40_ply_hdf5_2048) or of the meshes (ModelNet40, CLASS/test/*.off)",
+    )
+    parser.set_defaults(run=_evaluate_modelnet40)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _check_output_file(option: str, path: Path | None) -> None:
+    from .output import check_writable
+
+    if path is not None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected a file for {option}. Name a file in it.")
+        check_writable(path.parent)
+
+
+def _evaluate_modelnet40(arguments: argparse.Namespace) -> None:
+    from .evaluation.modelnet40 import CLASSES, TEMPLATES, load_modelnet40, zero_shot_metrics
+    from .output import write_json
+
+    _check_output_file("--output", arguments.output)
+    device = _device(arguments.device)
+    clouds = load_modelnet40(arguments.data)
+    model, processor = _load_model(arguments.model)
+    if not {"text", "point_cloud"} <= set(model.config.embedded_modalities):
+        raise ValueError(
+            f"{arguments.model!r} embeds {', '.join(model.config.embedded_modalities)}, expected text and point_cloud. "
+            "Pass a model that was connected with a ULIP."
+        )
+    model.to(device)  # type: ignore[arg-type]
+    metrics = zero_shot_metrics(model, processor, clouds, batch_size=arguments.batch_size)
+    print(f"{len(clouds)} clouds, {len(CLASSES)} classes, {len(TEMPLATES)} prompts a class (worded by this package)")
+    for name, value in metrics.items():
+        print(f"{name}  {value:.4f}")
+    if arguments.output is not None:
+        document = {"model": arguments.model, "task": "modelnet40", "clouds": len(clouds)}
+        write_json(arguments.output, {**document, "metrics": metrics})
+
+
+def _evaluate_retrieval(arguments: argparse.Namespace) -> None:
     from .evaluation.connection import chance_metrics, format_table, retrieval_metrics
-    from .output import check_writable, write_json
+    from .output import write_json
     from .training.data import Items
     from .training.embed import encode_items
 
-    if arguments.output is not None:
-        if arguments.output.is_dir():
-            raise ValueError(f"{arguments.output} is a folder, expected a file for --output. Name a JSON file in it.")
-        check_writable(arguments.output.parent)
+    _check_output_file("--output", arguments.output)
     device = _device(arguments.device)
     sides = {"image": arguments.images, "audio": arguments.audio}
     items = {
@@ -300,7 +364,7 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from .output import check_writable, write_json
+    from .output import write_json
     from .search import SearchIndex, read_query
     from .search.results import (
         answer_record,
@@ -311,11 +375,8 @@ def _search(arguments: argparse.Namespace) -> None:
         write_search_page,
     )
 
-    for option, path in (("--output", arguments.output), ("--html", arguments.html)):
-        if path is not None:
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder, expected a file for {option}. Name a file in it.")
-            check_writable(path.parent)
+    _check_output_file("--output", arguments.output)
+    _check_output_file("--html", arguments.html)
     for query in arguments.query or []:
         # Before the folder is embedded, which may take long.
         read_query(query)

@@ -59,7 +59,7 @@ def data(tmp_path):
 
 def evaluate(model, data, *more):
     paths = ["--images", str(data / "photos"), "--audio", str(data / "sounds")]
-    return main(["evaluate", "--model", str(model), *paths, "--device", "cpu", *more])
+    return main(["evaluate", "retrieval", "--model", str(model), *paths, "--device", "cpu", *more])
 
 
 def complaint(capsys):
@@ -88,12 +88,13 @@ def test_the_command_explains_itself(capsys):
     [
         ("demo", ["--output", "default: runs/demo", "default: 3", "default: 20", "default: runs/encoders"]),
         ("connect", ["default: runs/NAME", "default: 32", "default: cuda where there is one", "clip-clap", "demo"]),
-        ("evaluate", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate"]),
+        ("evaluate retrieval", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate retrieval"]),
+        ("evaluate modelnet40", ["64 prompts", "default: 32", "--data", "Example: cmcr evaluate modelnet40"]),
     ],
 )
 def test_the_help_of_every_command_names_its_defaults(capsys, command, expected):
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     for text in expected:
@@ -105,7 +106,8 @@ def test_the_help_of_every_command_names_its_defaults(capsys, command, expected)
     [
         ([], "the following arguments are required: COMMAND"),
         (["conect"], "invalid choice: 'conect'"),
-        (["evaluate", "--model", "m"], "the following arguments are required: --images, --audio"),
+        (["evaluate", "retrieval", "--model", "m"], "the following arguments are required: --images, --audio"),
+        (["evaluate"], "the following arguments are required: TASK"),
         (["connect", "demo", "--batch-size", "0"], "expected at least 1, got 0"),
         (["demo", "--derangements", "-1"], "expected 0 or more, got -1"),
         (["demo", "--seeds", "three"], "argument --seeds: expected a whole number, got 'three'"),

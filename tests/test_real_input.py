@@ -107,7 +107,7 @@ def test_evaluate_measures_folders_of_real_files(shared, tiny_model, tmp_path, c
     data = unpack(shared, tmp_path, per_class=3)
     result = tmp_path / "result.json"
     sides = ["--images", str(data / "images"), "--audio", str(data / "audio")]
-    assert main(["evaluate", "--model", str(tiny_model), *sides, "--output", str(result)]) == 0
+    assert main(["evaluate", "retrieval", "--model", str(tiny_model), *sides, "--output", str(result)]) == 0
     assert "15 clips, 15 images, 5 classes" in capsys.readouterr().out
     metrics = json.loads(result.read_text())["metrics"]
     assert metrics["chance"]["audio_to_image"]["P@1"] == pytest.approx(0.2)
@@ -118,6 +118,7 @@ def test_evaluate_pairs_the_official_triples_by_their_names(shared, tiny_model, 
     official = str(shared / "official")
     arguments = [
         "evaluate",
+        "retrieval",
         "--model",
         str(tiny_model),
         "--images",

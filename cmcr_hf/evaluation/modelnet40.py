@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
+from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.point_cloud_loading_cmcr import load_point_cloud
+from ..modeling.processing_cmcr import CMCRProcessor
+from .classification import class_embeds, top_k_accuracy
 
 # In the order of the data set's labels.
 CLASSES = (
@@ -68,6 +73,37 @@ class ModelNet40Split:
 def class_prompts(name: str) -> list[str]:
     """Return the sentences for a class, one a template."""
     return [template.format(name.replace("_", " ")) for template in TEMPLATES]
+
+
+@torch.inference_mode()
+def zero_shot_metrics(
+    model: CMCRModel,
+    processor: CMCRProcessor,
+    clouds: ModelNet40Split,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Classify clouds by the mean embedding of each class's prompts: `{"top-1", "top-3", "top-5"}`, in [0, 1].
+
+    Args:
+        batch_size: clouds embedded at once.
+    """
+    prompts = []
+    for name in tqdm(CLASSES, desc="prompts", unit="class", disable=not progress):
+        inputs = processor(text=class_prompts(name)).to(model.device)
+        prompts.append(model.get_text_features(**inputs).pooler_output.float())
+    classes = class_embeds(torch.stack(prompts))
+    scores, labels = [], []
+    rows = iter(clouds)
+    with tqdm(total=len(clouds), desc="point clouds", unit="cloud", disable=not progress) as bar:
+        while batch := list(itertools.islice(rows, batch_size)):
+            inputs = processor(point_clouds=[cloud for _, cloud, _ in batch]).to(model.device)
+            embeds = model.get_point_cloud_features(**inputs).pooler_output.float()
+            scores.append((embeds @ classes.T).cpu())
+            labels += [label for _, _, label in batch]
+            bar.update(len(batch))
+    return top_k_accuracy(torch.cat(scores), labels)
 
 
 def load_modelnet40(

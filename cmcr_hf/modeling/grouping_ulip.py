@@ -1,13 +1,14 @@
 # Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
 """Groups of neighbouring points: farthest point sampling and nearest neighbours, exact and independent of the order.
 
-Pure torch. What it gives depends on the set of points alone: not on their order, the batch, the padding or the device.
+What it gives depends on the set of points alone: not on their order, the batch, the padding or the device. Distances
+are squares that are added as x + y + z in float32, one rounding an operation, wherever they are computed.
 """
 
+import numpy as np
 import torch
 
-# Blocks of a row of distances in the search for nearest neighbours; the best of several sizes for 8 to 10 thousand
-# points.
+# Blocks of a row of distances in the search for nearest neighbours on other devices than the CPU.
 BLOCK = 16
 
 
@@ -43,21 +44,152 @@ def group_points(
     if fewest < group_size:
         raise ValueError(f"Expected at least {group_size} points a cloud, the size of a group, got {fewest}.")
     # In half precision, distances of neighbours would not be told apart.
-    points = point_clouds.float()
+    points = point_clouds.detach().float()
+    if points.device.type == "cpu":
+        sizes = [total] * len(points) if num_points is None else num_points.tolist()
+        pairs = [
+            _group_cloud(cloud[:size].numpy(), num_groups, group_size, seed)
+            for cloud, size in zip(points, sizes, strict=True)
+        ]
+        centers, groups = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+        return centers, groups
     padding = None
-    if num_points is not None:
+    if num_points is not None and fewest < total:
         padding = torch.arange(total, device=points.device) >= num_points.to(points.device)[:, None]
+    return _group_clouds(points, num_groups, group_size, padding, seed)
+
+
+def _direction(seed: int) -> list[float]:
+    direction: list[float] = torch.randn(3, generator=torch.Generator().manual_seed(seed)).tolist()
+    return direction
+
+
+# On the CPU, numpy: its calls on a few thousand numbers cost a fraction of torch's.
+
+
+def _group_cloud(
+    points: np.ndarray, num_groups: int, group_size: int, seed: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(num_groups, 3)` centres and `(num_groups, group_size, channels)` points of one cloud."""
+    points = points[_sorted_by_coordinates(points)]
+    coordinates = np.ascontiguousarray(points[:, :3].T)
+    start = 0
+    if seed is not None:
+        x, y, z = _direction(seed)
+        start = int((coordinates[0] * x + coordinates[1] * y + coordinates[2] * z).argmax())
+    chosen, reach = _sampled(coordinates, num_groups, start)
+    neighbours = _neighbours(coordinates, chosen, group_size, reach)
+    centers = points[chosen, :3]
+    groups = points[neighbours]
+    groups[..., :3] -= centers[:, None]
+    return centers, groups
+
+
+def _sorted_by_coordinates(points: np.ndarray) -> np.ndarray:
+    order: np.ndarray = points[:, 0].argsort()
+    x = points[order, 0]
+    # Several times faster than sorting by all channels, which equal first coordinates need.
+    return order if (x[1:] != x[:-1]).all() else np.lexsort(points.T[::-1])
+
+
+def _sampled(coordinates: np.ndarray, number: int, start: int) -> tuple[np.ndarray, np.float32]:
+    """Return the indices of farthest point sampling, and the largest squared distance of a point from its centre.
+
+    A new centre can only be nearer than a former one to points whose x alone is near enough. The points are sorted by
+    x, so these are a slice.
+    """
+    x, y, z = coordinates
+    nearest = np.full(len(x), np.inf, np.float32)
+    distance, square = np.empty_like(x), np.empty_like(x)
+    chosen = np.empty(number, np.int64)
+    farthest, reach = start, np.float32(np.inf)
+    for index in range(number):
+        chosen[index] = farthest
+        low, high = _slice(x, x[farthest], reach)
+        one, two, old = distance[low:high], square[low:high], nearest[low:high]
+        np.subtract(x[low:high], x[farthest], out=one)
+        np.multiply(one, one, out=one)
+        for axis in (y, z):
+            np.subtract(axis[low:high], axis[farthest], out=two)
+            np.multiply(two, two, out=two)
+            np.add(one, two, out=one)
+        np.minimum(old, one, out=old)
+        farthest = nearest.argmax()
+        reach = nearest[farthest]
+    return chosen, reach
+
+
+def _slice(x: np.ndarray, center: np.float32, reach: np.float32) -> tuple[int, int]:
+    """Return the bounds of the points whose x is at most the root of `reach` from that of a centre, and a bit more."""
+    width = float(reach) ** 0.5 * 1.000001
+    low, high = x.searchsorted((np.float32(center - width), np.float32(center + width)))
+    # The bounds are rounded.
+    return max(int(low) - 1, 0), int(high) + 1
+
+
+def _neighbours(coordinates: np.ndarray, chosen: np.ndarray, number: int, reach: np.float32) -> np.ndarray:
+    """Return the indices of the nearest points of every centre, nearest first: `(centres, number)`."""
+    x = coordinates[0]
+    found = np.empty((len(chosen), number), np.int64)
+    # Every point is within `reach` of some centre, so that this bound holds a few times the points of a
+    # centre. Neighbouring centres share a slice of the points.
+    bound = np.float32(2.5) * reach
+    by_x = chosen.argsort()
+    for rows in (by_x[first : first + _TILE] for first in range(0, len(by_x), _TILE)):
+        centers = chosen[rows]
+        low, high = _slice(x, x[centers[0]], bound)[0], _slice(x, x[centers[-1]], bound)[1]
+        distances = _distances(coordinates[:, low:high], coordinates[:, centers])
+        inside = distances <= bound
+        counts = np.count_nonzero(inside, axis=1)
+        near = np.full((len(rows), max(counts.max(), number)), _NONE)
+        near[np.arange(near.shape[1]) < counts[:, None]] = _keys(distances[inside], inside.nonzero()[1] + low)
+        for row in (counts < number).nonzero()[0]:
+            distances = _distances(coordinates, coordinates[:, centers[row : row + 1]])[0]
+            near[row, :number] = np.partition(_keys(distances, np.arange(len(x))), number - 1)[:number]
+        near.sort(axis=1)
+        found[rows] = near[:, :number] & _INDEX
+    return found
+
+
+# Centres that are searched at once; the best of several sizes for 8 to 10 thousand points.
+_TILE = 8
+_INDEX, _NONE = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
+
+
+def _distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return the squared distances of `(3, points)` from `(3, centres)`: `(centres, points)`."""
+    distances = np.square(points[0] - centers[0][:, None])
+    square = np.empty_like(distances)
+    for axis in (1, 2):
+        np.subtract(points[axis], centers[axis][:, None], out=square)
+        np.square(square, out=square)
+        distances += square
+    return distances
+
+
+def _keys(distances: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return numbers in the order of distance, then of index: the bits of floats above 0 have the order of these."""
+    return distances.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
+
+
+# On other devices, torch, all clouds at once.
+
+
+def _group_clouds(
+    points: torch.Tensor, num_groups: int, group_size: int, padding: torch.Tensor | None, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what [`group_points`] does, for clouds whose `padding`, `(clouds, points)`, is to have no effect."""
     points = points.gather(1, _coordinate_order(points, padding)[..., None].expand_as(points))
     coordinates = points[..., :3].transpose(1, 2).contiguous()
     if padding is not None:
         padding = padding.sort(dim=1).values
-    centers, distances = _farthest_points(coordinates, num_groups, _start(coordinates, padding, seed), padding)
+    chosen, distances = _farthest_points(coordinates, num_groups, _start(coordinates, padding, seed), padding)
     neighbours = _nearest(distances, group_size)
-    center_points = coordinates.transpose(1, 2).gather(1, centers[..., None].expand(-1, -1, 3))
+    centers = coordinates.transpose(1, 2).gather(1, chosen[..., None].expand(-1, -1, 3))
     groups = points.gather(1, neighbours.flatten(1)[..., None].expand(-1, -1, points.shape[2]))
     groups = groups.unflatten(1, (num_groups, group_size))
-    groups[..., :3] -= center_points[:, :, None]
-    return center_points, groups
+    groups[..., :3] -= centers[:, :, None]
+    return centers, groups
 
 
 def _coordinate_order(points: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -74,7 +206,7 @@ def _coordinate_order(points: torch.Tensor, padding: torch.Tensor | None) -> tor
 def _start(coordinates: torch.Tensor, padding: torch.Tensor | None, seed: int | None) -> torch.Tensor:
     if seed is None:
         return coordinates.new_zeros(len(coordinates), 1, dtype=torch.long)
-    x, y, z = torch.randn(3, generator=torch.Generator().manual_seed(seed)).tolist()
+    x, y, z = _direction(seed)
     heights = coordinates[:, 0] * x + coordinates[:, 1] * y + coordinates[:, 2] * z
     if padding is not None:
         heights = heights.masked_fill(padding, -torch.inf)
@@ -107,19 +239,20 @@ def _farthest_points(
 
 
 def _nearest(distances: torch.Tensor, number: int) -> torch.Tensor:
-    """Return the indices of the smallest of each row, nearest first: `(clouds, centers, number)`.
+    """Return the indices of the smallest of each row, nearest first, then by index: `(clouds, centers, number)`.
 
     The smallest numbers lie in those blocks of a row whose own minima are smallest, since each of these blocks holds
     at least one number below every other block. Searching these alone is several times faster than the whole row.
     """
     total = distances.shape[-1]
+    # The bits of floats that are not negative have the order of the floats; behind them, the index decides.
+    keys = (distances.view(torch.int32).long() << 32) | torch.arange(total, device=distances.device)
     blocks = total // BLOCK
-    if blocks < 2 * number:
-        return distances.topk(number, largest=False).indices
-    minima = distances[..., : blocks * BLOCK].unflatten(-1, (BLOCK, blocks)).amin(dim=-2)
-    best = minima.topk(number, largest=False).indices
-    inside = torch.arange(BLOCK, device=distances.device)[:, None] * blocks
-    candidates = (best[..., None, :] + inside).flatten(-2)
-    rest = torch.arange(blocks * BLOCK, total, device=distances.device).expand(*best.shape[:-1], -1)
-    candidates = torch.cat([candidates, rest], dim=-1)
-    return candidates.gather(-1, distances.gather(-1, candidates).topk(number, largest=False).indices)
+    if blocks >= 2 * number:
+        minima = keys[..., : blocks * BLOCK].unflatten(-1, (BLOCK, blocks)).amin(dim=-2)
+        best = minima.topk(number, largest=False).indices
+        inside = torch.arange(BLOCK, device=distances.device)[:, None] * blocks
+        candidates = (best[..., None, :] + inside).flatten(-2)
+        rest = torch.arange(blocks * BLOCK, total, device=distances.device).expand(*best.shape[:-1], -1)
+        keys = keys.gather(-1, torch.cat([candidates, rest], dim=-1))
+    return keys.topk(number, largest=False).values & 0xFFFFFFFF

@@ -2,11 +2,16 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import BatchFeature
 
-from cmcr_hf.evaluation.modelnet40 import CLASSES, TEMPLATES, class_prompts, load_modelnet40
+from cmcr_hf.cli import main
+from cmcr_hf.evaluation.modelnet40 import CLASSES, TEMPLATES, class_prompts, load_modelnet40, zero_shot_metrics
 from cmcr_hf.modeling.point_cloud_loading_cmcr import load_point_cloud
 
 
@@ -236,3 +241,61 @@ def test_without_h5py_the_install_command_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r'pip install "cmcr-hf\[3d\]"'):
         load_modelnet40(tmp_path)
+
+
+# The measurement
+
+
+class Names:
+    """A stand-in for model and processor: a prompt points to its class, a cloud to the class of its number."""
+
+    device = "cpu"
+
+    def __init__(self, answers: list[int]) -> None:
+        self.answers = iter(answers)
+
+    def __call__(self, **inputs: Any) -> BatchFeature:
+        return BatchFeature({name: torch.arange(len(items)) for name, items in inputs.items()} | {"given": [inputs]})
+
+    def get_text_features(self, text: torch.Tensor, given: list[dict[str, list[str]]]) -> SimpleNamespace:
+        rows = torch.zeros(len(text), 41)
+        for row, prompt in enumerate(given[0]["text"]):
+            (name,) = (name for name in CLASSES if prompt in class_prompts(name))
+            # Prompts of a class differ, and their mean points to the class.
+            rows[row, CLASSES.index(name)], rows[row, 40] = 1, (-1) ** row
+        return SimpleNamespace(pooler_output=rows)
+
+    def get_point_cloud_features(self, point_clouds: torch.Tensor, given: Any) -> SimpleNamespace:
+        rows = torch.zeros(len(point_clouds), 41)
+        for row in rows:
+            answer = next(self.answers)
+            # The class that is answered, then the four behind it.
+            row[[(answer + step) % 40 for step in range(5)]] = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6])
+        return SimpleNamespace(pooler_output=rows)
+
+
+def test_a_cloud_is_right_if_the_mean_of_its_prompts_is_nearest(meshes: Path) -> None:
+    split = load_modelnet40(meshes, max_points=8)
+    labels = [label for _, _, label in split]
+    # The first 20 clouds answer their own class, ten the one before it, six the fourth before, five any other.
+    steps = [0] * 20 + [1] * 10 + [4] * 6 + [9] * 5
+    names: Any = Names([(label - step) % 40 for label, step in zip(labels, steps, strict=True)])
+    found = zero_shot_metrics(names, names, split, batch_size=7, progress=False)
+    assert found == pytest.approx({"top-1": 20 / 41, "top-3": 30 / 41, "top-5": 36 / 41})
+
+
+def test_the_command_prints_and_writes_the_accuracies(
+    tiny_ulip_model: Path, meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "modelnet40", "--model", str(tiny_ulip_model), "--data", str(meshes), "--device", "cpu"]
+    assert main([*arguments, "--output", str(tmp_path / "result.json")]) == 0
+    assert capsys.readouterr().out.startswith("41 clouds, 40 classes, 64 prompts a class")
+    assert '"clouds": 41' in (tmp_path / "result.json").read_text()
+
+
+def test_a_model_without_point_clouds_is_refused(
+    tiny_model: Path, meshes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "modelnet40", "--model", str(tiny_model), "--data", str(meshes), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert "embeds image, text, audio, expected text and point_cloud" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 from cmcr_hf.conversion.convert_ulip import convert_state_dict
 from cmcr_hf.modeling import grouping_ulip
@@ -68,12 +69,15 @@ def golden(shared):
 
 @pytest.fixture
 def from_first_point(monkeypatch):
-    """Keep the order of the points, so that sampling starts at the first one, as in the golden arrays."""
-    monkeypatch.setattr(
-        grouping_ulip,
-        "_coordinate_order",
-        lambda points, padding: torch.arange(points.shape[1]).expand(points.shape[:2]),
-    )
+    """Start the sampling at the first point given, as in the golden arrays."""
+    group, sample = grouping_ulip._group_cloud, grouping_ulip._sampled
+
+    def grouped(points, *arguments):
+        first = int((grouping_ulip._sorted_by_coordinates(points) == 0).argmax())
+        monkeypatch.setattr(grouping_ulip, "_sampled", lambda places, number, _: sample(places, number, first))
+        return group(points, *arguments)
+
+    monkeypatch.setattr(grouping_ulip, "_group_cloud", grouped)
 
 
 @pytest.fixture
@@ -183,6 +187,41 @@ def test_farthest_points_and_neighbours_are_those_of_a_plain_search():
         assert torch.equal(group[np.lexsort(group.numpy().T)], expected[np.lexsort(expected.numpy().T)])
         nearest = torch.minimum(nearest, distance)
         chosen = int(nearest.argmax())
+
+
+@given(
+    seed=strategies.integers(0, 2**32 - 1),
+    points=strategies.integers(8, 300),
+    steps=strategies.sampled_from([2, 5, 1000, None]),
+    spread=strategies.sampled_from([1.0, 1e-3, 30.0]),
+    start=strategies.sampled_from([None, 3]),
+)
+@settings(max_examples=60)
+def test_every_device_samples_the_same_groups_and_ties_go_by_coordinates(seed, points, steps, spread, start):
+    generator = np.random.default_rng(seed)
+    clouds = generator.normal(size=(2, points, 4)).astype(np.float32) * np.float32(spread)
+    if steps is not None:
+        # On a grid, many points are equally far, and some are equal.
+        clouds = np.rint(clouds * steps / (3 * spread)).astype(np.float32)
+    num_points = torch.tensor([points, 8 + int(generator.integers(0, points - 7))])
+    tensor = torch.from_numpy(clouds)
+    on_cpu = grouping_ulip.group_points(tensor, 12, 8, num_points=num_points, seed=start)
+    padding = torch.arange(points) >= num_points[:, None]
+    elsewhere = grouping_ulip._group_clouds(tensor, 12, 8, padding if padding.any() else None, start)
+    for one, other in zip(on_cpu, elsewhere, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_dense_and_a_lonely_part_of_a_cloud_are_searched_exactly():
+    generator = np.random.default_rng(0)
+    cloud = np.concatenate([generator.normal(0, 1e-3, (2000, 3)), generator.uniform(-50, 50, (40, 3))])
+    cloud = torch.from_numpy(cloud.astype(np.float32))[None]
+    centers, groups = grouping_ulip.group_points(cloud, 64, 32)
+    for center, group in zip(centers[0], groups[0], strict=True):
+        distance = (cloud[0] - center).square()
+        nearest = (distance[:, 0] + distance[:, 1] + distance[:, 2]).sort().values[:32]
+        found = group.square()
+        assert torch.equal((found[:, 0] + found[:, 1] + found[:, 2]).sort().values, nearest)
 
 
 def test_a_cloud_smaller_than_a_group_is_refused(random_model):
