@@ -8,10 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor, UlipConfig, UlipModel
+from cmcr_hf.conversion.convert_cmcr import read_connector
+from cmcr_hf.conversion.convert_openshape import read_record
 
+TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37}
 IDS = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]])
 
 
@@ -281,3 +286,26 @@ def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, model, pro
     found = load_file(tmp_path / "out.safetensors")
     for embeds in (found["full"], found["connector"]):
         assert torch.allclose(embeds, expected, rtol=0, atol=1e-6)
+
+
+def test_the_released_connector_runs_on_the_released_clouds(shared):
+    # The point encoder has the released size and random weights, which are not at hand: its cosines mean nothing.
+    torch.manual_seed(0)
+    ulip = UlipModel(UlipConfig()).eval()
+    clip = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=TOWER, projection_dim=512)).eval()
+    connector = read_connector(shared / "official/ulip_clip.pt")
+    model = CMCRModel.from_sources_pretrained(clip, ulip=ulip, connector=connector)
+    clouds = [read_record(shared / "official" / f"{name}.npy") for name in ("toilet", "BBQ", "train")]
+    inputs = CMCRProcessor(point_channels=3)(point_clouds=clouds)
+    assert inputs["point_clouds"].shape == (3, 10_000, 3)
+    with torch.no_grad():
+        embeds = model.get_point_cloud_features(**inputs).pooler_output
+        again = model.get_point_cloud_features(**inputs).pooler_output
+        rows = ulip.get_point_cloud_features(**inputs).pooler_output
+        head = torch.load(shared / "official/ulip_clip.pt", weights_only=True)
+        # Head_B by hand: Linear, BatchNorm, ReLU between two normalisations.
+        hidden = F.linear(F.normalize(rows), head["Head_B.net.0.weight"], head["Head_B.net.0.bias"])
+        mean, variance = head["Head_B.net.1.running_mean"], head["Head_B.net.1.running_var"]
+        hidden = (hidden - mean) / (variance + 1e-5).sqrt() * head["Head_B.net.1.weight"] + head["Head_B.net.1.bias"]
+    assert torch.equal(embeds, again)
+    assert torch.allclose(embeds, F.normalize(hidden.relu()), atol=1e-5)
