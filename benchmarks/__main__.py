@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import aggregation, training_step
+from . import aggregation, point_clouds, training_step
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
         "python -m benchmarks.real_retrieval (quality on real data)."
     )
     argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=epilog).parse_args()
-    for module in (aggregation, training_step):
+    for module in (aggregation, training_step, point_clouds):
         module.main([])
         print()
 

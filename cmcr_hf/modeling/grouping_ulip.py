@@ -5,6 +5,8 @@ What it gives depends on the set of points alone: not on their order, the batch,
 are squares that are added as x + y + z in float32, one rounding an operation, wherever they are computed.
 """
 
+from bisect import bisect_left, bisect_right
+
 import numpy as np
 import torch
 
@@ -92,78 +94,87 @@ def _sorted_by_coordinates(points: np.ndarray) -> np.ndarray:
     return order if (x[1:] != x[:-1]).all() else np.lexsort(points.T[::-1])
 
 
-def _sampled(coordinates: np.ndarray, number: int, start: int) -> tuple[np.ndarray, np.float32]:
+def _sampled(coordinates: np.ndarray, number: int, start: int) -> tuple[np.ndarray, float]:
     """Return the indices of farthest point sampling, and the largest squared distance of a point from its centre.
 
     A new centre can only be nearer than a former one to points whose x alone is near enough. The points are sorted by
     x, so these are a slice.
     """
-    x, y, z = coordinates
+    x, yz = coordinates[0], coordinates[1:]
+    places = x.tolist()
     nearest = np.full(len(x), np.inf, np.float32)
-    distance, square = np.empty_like(x), np.empty_like(x)
+    distance, squares = np.empty_like(x), np.empty_like(yz)
     chosen = np.empty(number, np.int64)
-    farthest, reach = start, np.float32(np.inf)
+    farthest, reach = start, np.inf
     for index in range(number):
         chosen[index] = farthest
-        low, high = _slice(x, x[farthest], reach)
-        one, two, old = distance[low:high], square[low:high], nearest[low:high]
-        np.subtract(x[low:high], x[farthest], out=one)
-        np.multiply(one, one, out=one)
-        for axis in (y, z):
-            np.subtract(axis[low:high], axis[farthest], out=two)
-            np.multiply(two, two, out=two)
-            np.add(one, two, out=one)
-        np.minimum(old, one, out=old)
-        farthest = nearest.argmax()
-        reach = nearest[farthest]
+        low, high = _bounds(places, places[farthest], places[farthest], reach)
+        part, both, old = distance[low:high], squares[:, low:high], nearest[low:high]
+        np.subtract(x[low:high], x[farthest], out=part)
+        np.multiply(part, part, out=part)
+        np.subtract(yz[:, low:high], yz[:, farthest, None], out=both)
+        np.multiply(both, both, out=both)
+        np.add(part, both[0], out=part)
+        np.add(part, both[1], out=part)
+        np.minimum(old, part, out=old)
+        farthest = int(nearest.argmax())
+        reach = float(nearest[farthest])
     return chosen, reach
 
 
-def _slice(x: np.ndarray, center: np.float32, reach: np.float32) -> tuple[int, int]:
-    """Return the bounds of the points whose x is at most the root of `reach` from that of a centre, and a bit more."""
-    width = float(reach) ** 0.5 * 1.000001
-    low, high = x.searchsorted((np.float32(center - width), np.float32(center + width)))
-    # The bounds are rounded.
-    return max(int(low) - 1, 0), int(high) + 1
+def _bounds(places: list[float], first: float, last: float, reach: float) -> tuple[int, int]:
+    """Return the slice of sorted places at most the root of `reach` from those between two, and a bit more."""
+    # Differences and squares are rounded.
+    width = reach**0.5 * 1.000001
+    return max(bisect_left(places, first - width) - 1, 0), bisect_right(places, last + width) + 1
 
 
-def _neighbours(coordinates: np.ndarray, chosen: np.ndarray, number: int, reach: np.float32) -> np.ndarray:
+def _neighbours(coordinates: np.ndarray, chosen: np.ndarray, number: int, reach: float) -> np.ndarray:
     """Return the indices of the nearest points of every centre, nearest first: `(centres, number)`."""
-    x = coordinates[0]
+    places = coordinates[0].tolist()
     found = np.empty((len(chosen), number), np.int64)
-    # Every point is within `reach` of some centre, so that this bound holds a few times the points of a
-    # centre. Neighbouring centres share a slice of the points.
-    bound = np.float32(2.5) * reach
+    # Every point is within `reach` of some centre, so that this bound holds a few times the points of a centre. What
+    # may be within it is told by a matrix product, whose rounding is far below the margin.
+    bound = np.float32(2.5 * reach)
+    middled = coordinates - coordinates.mean(axis=1, keepdims=True)
+    norms = (middled * middled).sum(axis=0)
+    likely = bound + np.float32(1e-5) * norms.max()
+    factors = np.concatenate([middled, norms[None], np.ones_like(norms)[None]])
+    # Neighbouring centres share a slice of the points.
     by_x = chosen.argsort()
     for rows in (by_x[first : first + _TILE] for first in range(0, len(by_x), _TILE)):
         centers = chosen[rows]
-        low, high = _slice(x, x[centers[0]], bound)[0], _slice(x, x[centers[-1]], bound)[1]
-        distances = _distances(coordinates[:, low:high], coordinates[:, centers])
+        low, high = _bounds(places, places[centers[0]], places[centers[-1]], float(bound))
+        high = min(high, len(places))
+        of_centers = np.concatenate(
+            [-2 * middled[:, centers], np.ones((1, len(rows)), np.float32), norms[None, centers]]
+        )
+        near = np.flatnonzero(of_centers.T @ factors[:, low:high] <= likely)
+        row, point = np.divmod(near, high - low)
+        point += low
+        distances = _distances(coordinates[:, point], coordinates[:, centers[row]])
         inside = distances <= bound
-        counts = np.count_nonzero(inside, axis=1)
-        near = np.full((len(rows), max(counts.max(), number)), _NONE)
-        near[np.arange(near.shape[1]) < counts[:, None]] = _keys(distances[inside], inside.nonzero()[1] + low)
-        for row in (counts < number).nonzero()[0]:
-            distances = _distances(coordinates, coordinates[:, centers[row : row + 1]])[0]
-            near[row, :number] = np.partition(_keys(distances, np.arange(len(x))), number - 1)[:number]
-        near.sort(axis=1)
-        found[rows] = near[:, :number] & _INDEX
+        row, keys = row[inside], _keys(distances[inside], point[inside])
+        counts = np.bincount(row, minlength=len(rows))
+        table = np.full((len(rows), max(counts.max(), number)), _NONE)
+        table[row, np.arange(len(row)) - (counts.cumsum() - counts)[row]] = keys
+        for lonely in (counts < number).nonzero()[0]:
+            every = _distances(coordinates, coordinates[:, centers[lonely], None])
+            table[lonely, :number] = np.partition(_keys(every, np.arange(len(every))), number - 1)[:number]
+        table.sort(axis=1)
+        found[rows] = table[:, :number] & _INDEX
     return found
 
 
-# Centres that are searched at once; the best of several sizes for 8 to 10 thousand points.
+# Centres that are searched at once. With more, a matrix library hands the product to threads, which costs more than it.
 _TILE = 8
 _INDEX, _NONE = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 
 
 def _distances(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Return the squared distances of `(3, points)` from `(3, centres)`: `(centres, points)`."""
-    distances = np.square(points[0] - centers[0][:, None])
-    square = np.empty_like(distances)
-    for axis in (1, 2):
-        np.subtract(points[axis], centers[axis][:, None], out=square)
-        np.square(square, out=square)
-        distances += square
+    """Return the squared distances of `(3, points)` from `(3, points)` or `(3, 1)` centres."""
+    squares = np.square(points - centers)
+    distances: np.ndarray = squares[0] + squares[1] + squares[2]
     return distances
 
 
