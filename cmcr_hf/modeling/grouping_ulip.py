@@ -134,7 +134,7 @@ def _neighbours(coordinates: np.ndarray, chosen: np.ndarray, number: int, reach:
     places = coordinates[0].tolist()
     found = np.empty((len(chosen), number), np.int64)
     # Every point is within `reach` of some centre, so that this bound holds a few times the points of a centre. What
-    # may be within it is told by a matrix product, whose rounding is far below the margin.
+    # may lie within it is told by a matrix product, whose rounding is far below the margin.
     bound = np.float32(2.5 * reach)
     middled = coordinates - coordinates.mean(axis=1, keepdims=True)
     norms = (middled * middled).sum(axis=0)
@@ -166,7 +166,7 @@ def _neighbours(coordinates: np.ndarray, chosen: np.ndarray, number: int, reach:
     return found
 
 
-# Centres that are searched at once. With more, a matrix library hands the product to threads, which costs more than it.
+# Centres searched at once. With more, a matrix library hands the product to threads, which costs more than it.
 _TILE = 8
 _INDEX, _NONE = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 

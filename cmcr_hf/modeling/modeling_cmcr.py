@@ -377,9 +377,9 @@ class CMCRModel(CMCRPreTrainedModel):
         cls,
         clip: str | os.PathLike | PreTrainedModel | None = None,
         clap: str | os.PathLike | PreTrainedModel | None = None,
-        ulip: str | os.PathLike | PreTrainedModel | None = None,
         connector: "str | os.PathLike | CMCRConnector | None" = None,
         *,
+        ulip: str | os.PathLike | PreTrainedModel | None = None,
         config: dict | None = None,
         revisions: dict[str, str | None] | None = None,
         processor: Any = None,
@@ -391,8 +391,8 @@ class CMCRModel(CMCRPreTrainedModel):
         Args:
             clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded).
             clap: an audio-text model, likewise.
-            ulip: a [`UlipModel`], likewise.
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
+            ulip: a [`UlipModel`], likewise a Hub id, folder or loaded model.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.
             revisions: `{space: revision}` of sources on the Hub.
             modalities: those to load the towers of, as for `from_pretrained`; a source given as a model stays whole.

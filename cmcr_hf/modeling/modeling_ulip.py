@@ -21,7 +21,6 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_ulip import UlipConfig, UlipPointConfig
 from .grouping_ulip import group_points
 
-
 # The best of several numbers for groups of 32 points.
 GROUPS_AT_ONCE = 64
 

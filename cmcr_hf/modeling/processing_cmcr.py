@@ -162,8 +162,8 @@ class CMCRProcessor(ProcessorMixin):
         cls,
         clip: str | os.PathLike | None = None,
         clap: str | os.PathLike | None = None,
-        ulip: str | os.PathLike | None = None,
         *,
+        ulip: str | os.PathLike | None = None,
         revisions: dict[str, str | None] | None = None,
         **kwargs: Any,
     ) -> CMCRProcessor:

@@ -169,7 +169,7 @@ def test_a_processor_without_audio_survives_saving_and_loading(processor, pictur
 
 
 def test_a_processor_of_all_three_spaces_survives_saving_and_loading(tiny_clip, tiny_clap, tiny_text_ulip, tmp_path):
-    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap, tiny_text_ulip)
+    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap, ulip=tiny_text_ulip)
     processor.save_pretrained(tmp_path)
     loaded = CMCRProcessor.from_pretrained(tmp_path)
     for space in ("clip", "clap", "ulip"):
@@ -183,9 +183,9 @@ def test_a_processor_of_all_three_spaces_survives_saving_and_loading(tiny_clip, 
 
 
 def test_all_three_spaces_make_one_model(tiny_clip, tiny_clap, tiny_ulip):
-    model = CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, tiny_ulip, config={"projection_dim": 8})
+    model = CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, ulip=tiny_ulip, config={"projection_dim": 8})
     assert model.config.bridges == [["clip", "clap", "text"], ["clip", "ulip", "image"]]
-    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap, tiny_ulip)
+    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, tiny_clap, ulip=tiny_ulip)
     cloud = np.random.default_rng(0).normal(size=(50, 3))
     with torch.no_grad():
         output = model(**processor(audio=np.ones(900, np.float32), sampling_rate=8000, point_clouds=cloud))
