@@ -71,8 +71,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="connect two small spaces offline and report what came of it",
         description="Write a synthetic world and connect a small CLIP in it: with a small CLAP by sentences alone "
         "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what "
-        "no training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges and a "
-        "null.",
+        "no training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges "
+        "and a null.",
     )
     parser.add_argument(
         "--world", choices=("sounds", "shapes"), default="sounds", help="what to connect (default: %(default)s)"
@@ -282,8 +282,8 @@ def _evaluate_modelnet40(arguments: argparse.Namespace) -> None:
     model, processor = _load_model(arguments.model)
     if not {"text", "point_cloud"} <= set(model.config.embedded_modalities):
         raise ValueError(
-            f"{arguments.model!r} embeds {', '.join(model.config.embedded_modalities)}, expected text and point_cloud. "
-            "Pass a model that was connected with a ULIP."
+            f"{arguments.model!r} embeds {', '.join(model.config.embedded_modalities)}, expected text and point_cloud."
+            " Pass a model that was connected with a ULIP."
         )
     model.to(device)  # type: ignore[arg-type]
     metrics = zero_shot_metrics(model, processor, clouds, batch_size=arguments.batch_size)
@@ -330,7 +330,7 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "search",
         help="find the sound for a photo, or anything for anything, in a folder",
         description="Find the files of a folder, or the lines of its .txt files, that are nearest to a query: a text, "
-        "or the path of an image or audio file. What is embedded is kept in an index outside the folder.",
+        "or the path of an image, audio or point cloud file. What is embedded is kept in an index outside the folder.",
         epilog="Example: cmcr search --model runs/demo/model --query photo.jpg --only audio sounds",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to search, subfolders included")
@@ -338,15 +338,15 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--query",
         action="append",
-        help="a text or the path of an image or audio file; give it several times for several "
+        help="a text or the path of an image, audio or point cloud file; give it several times for several "
         "(default: ask, line by line, until the input ends)",
     )
     parser.add_argument(
         "--only",
         action="append",
-        choices=("image", "audio", "text"),
+        choices=("image", "audio", "point_cloud", "text"),
         help="what to find, where text means the lines of .txt files; give it several times for several "
-        "(default: images and audio)",
+        "(default: all files but .txt)",
     )
     parser.add_argument(
         "--top", type=_positive, default=10, help="hits of each modality for each query (default: %(default)s)"

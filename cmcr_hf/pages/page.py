@@ -14,6 +14,8 @@ import soundfile
 from ..durable import write_durably
 from ..modeling.audio_loading_cmcr import load_audio
 from ..modeling.image_loading_cmcr import load_image
+from ..modeling.point_cloud_loading_cmcr import load_point_cloud
+from .clouds import draw_cloud
 
 # In the head of every page: tells it from somebody else's.
 GENERATOR = "cmcr_hf"
@@ -53,6 +55,18 @@ def picture_uri(image: Any, size: int = 128) -> str:
     file = io.BytesIO()
     thumbnail.save(file, "JPEG", quality=80)
     return data_uri("image/jpeg", file.getvalue())
+
+
+def cloud_uri(cloud: Any, size: int = 128) -> str:
+    """Return a point cloud, drawn `size` pixels wide, as the data URI of a JPEG.
+
+    Args:
+        cloud: whatever [`load_point_cloud`] takes.
+
+    Raises:
+        ValueError: the cloud cannot be read.
+    """
+    return picture_uri(draw_cloud(load_point_cloud(cloud), size), size)
 
 
 def sound_uri(audio: Any, seconds: float = 5.0) -> str:

@@ -11,12 +11,10 @@ import torch
 
 from ..evaluation.connection import CLASSIFICATION, Metrics, RetrievalSet
 from ..modeling.modeling_cmcr import CMCRConnector
-from ..modeling.point_cloud_loading_cmcr import load_point_cloud
 from ..training.data import Item
 from ..training.recipe import Recipe
 from .charts import NAMED_CLASSES, PIXEL_CLASSES, VALUED_CLASSES, curves, gap, heat_map, maps
-from .clouds import draw_cloud
-from .page import picture_uri, render, sound_uri, write_page
+from .page import cloud_uri, picture_uri, render, sound_uri, write_page
 
 QUERIES, RESULTS = 12, 5
 
@@ -229,9 +227,8 @@ def _shown(item: Item, modality: str) -> dict[str, Any]:
     if not isinstance(item.value, Path):
         return shown | {"kind": None, "problem": "not a file"}
     try:
-        if modality == "point_cloud":
-            return shown | {"uri": picture_uri(draw_cloud(load_point_cloud(item.value)))}
-        return shown | {"uri": (sound_uri if modality == "audio" else picture_uri)(item.value)}
+        encode = {"audio": sound_uri, "image": picture_uri, "point_cloud": cloud_uri}[modality]
+        return shown | {"uri": encode(item.value)}
     except ValueError:
         return shown | {"kind": None, "problem": "cannot be read"}
     except ImportError as error:

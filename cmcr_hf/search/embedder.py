@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Counts as part of a model's identity: raise it when the processor or the model gives other vectors.
 FORMAT_VERSION = 1
-MODALITIES = ("image", "audio", "text")
+MODALITIES = ("image", "audio", "point_cloud", "text")
 MODEL_REMEDY = (
     "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
 )

@@ -71,8 +71,8 @@ class SearchIndex:
     Args:
         model: folder or Hub id of a `CMCRModel`. Of the Hub, the commit that is in the local cache, else the newest.
         folder: what to search.
-        modalities: what to embed and find, of `image`, `audio` and `text` (default: images and audio, as far as the
-            model embeds them).
+        modalities: what to embed and find, of `image`, `audio`, `point_cloud` and `text` (default: all files, as far
+            as the model embeds them).
         cache: folder of the indexes (default: `cmcr_hf/search` in `$XDG_CACHE_HOME` or `~/.cache`).
         batch_size: items embedded at once.
         device: of the model (default: cuda where there is one).
@@ -106,7 +106,7 @@ class SearchIndex:
         place = root / self._embedder.digest[:20]
         self._asked = VectorCache(place / "queries")
         place /= hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:20]
-        wanted = [name for name in ("image", "audio") if name in self._embedder.modalities]
+        wanted = [name for name in self._embedder.modalities if name != "text"]
         self._parts: dict[str, _Part] = {}
         for modality in wanted if modalities is None else modalities:
             self._embedder.check(modality)
@@ -147,8 +147,8 @@ class SearchIndex:
         may be nearer to an image than the sound which fits best.
 
         Args:
-            query: path of an image or audio file, by its suffix, else a text. A file of the folder does not find
-                itself.
+            query: path of an image, audio or point cloud file, by its suffix, else a text. A file of the folder does
+                not find itself.
             top: hits of each modality.
 
         Raises:
@@ -281,14 +281,16 @@ def read_query(query: str | os.PathLike[str]) -> tuple[str, str]:
     path = os.path.expanduser(text)
     suffix = os.path.splitext(path)[1].lower()
     if not text:
-        raise ValueError("Expected a query, got an empty one. Pass a text, or the path of an image or audio file.")
+        raise ValueError(
+            "Expected a query, got an empty one. Pass a text, or the path of an image, audio or cloud file."
+        )
     for modality, suffixes in SUFFIXES.items():
         if suffix in suffixes:
             if not os.path.isfile(path):
                 raise ValueError(f"There is no file {path!r}. Check the path, or end a text without {suffix}.")
             return modality, path
     if suffix and os.path.isfile(path):
-        formats = ", ".join(sorted(SUFFIXES["image"] | SUFFIXES["audio"]))
+        formats = ", ".join(sorted(set().union(*SUFFIXES.values())))
         raise ValueError(f"Expected {path!r} in one of the formats {formats}. Convert it, or pass a text itself.")
     try:
         text.encode()

@@ -9,7 +9,7 @@ from typing import Any
 
 from .index import Answer, SearchIndex
 
-COUNTED = {"image": "images", "audio": "clips", "text": "lines of text"}
+COUNTED = {"image": "images", "audio": "clips", "point_cloud": "point clouds", "text": "lines of text"}
 # As many of the files that cannot be searched are named.
 SHOWN_SKIPPED = 5
 TEXT_WIDTH = 100
@@ -70,12 +70,14 @@ def write_search_page(path: Path, index: SearchIndex, answers: Sequence[Answer])
     Raises:
         ValueError: a file that was found is no longer readable.
     """
-    from ..pages.page import picture_uri, render, sound_uri, write_page
+    from ..pages.page import cloud_uri, picture_uri, render, sound_uri, write_page
 
     def uri(modality: str, file: Path) -> str | None:
         if modality == "text":
             return None
-        return picture_uri(file, PICTURE_SIZE) if modality == "image" else sound_uri(file)
+        if modality == "audio":
+            return sound_uri(file)
+        return (picture_uri if modality == "image" else cloud_uri)(file, PICTURE_SIZE)
 
     shown = [
         {

@@ -18,7 +18,7 @@ from cmcr_hf.search import Answer, Hit, SearchIndex, read_query
 from cmcr_hf.search import index as search
 from cmcr_hf.search.cache import FileDigests
 from cmcr_hf.search.embedder import Embedder
-from cmcr_hf.search.results import answer_record, format_answer, printable
+from cmcr_hf.search.results import answer_record, format_answer, printable, write_search_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -347,6 +347,27 @@ def test_only_the_towers_that_are_used_are_loaded(index, folder, monkeypatch):
     assert loaded == [["audio"], ["text"]]
 
 
+def test_point_clouds_are_found_and_find(index, tiny_ulip_model, tmp_path):
+    for seed, kind in enumerate(("chair", "mug")):
+        cloud = np.random.default_rng(seed).normal(size=(50, 3)).astype(np.float32)
+        picture(tmp_path / "things" / f"{kind}.png", seed)
+        np.save(tmp_path / "things" / f"{kind}.npy", cloud)
+    made = index(tiny_ulip_model, tmp_path / "things")
+    assert made.counts == {"image": 2, "point_cloud": 2}
+    model, processor = CMCRModel.from_pretrained(tiny_ulip_model), CMCRProcessor.from_pretrained(tiny_ulip_model)
+    with torch.inference_mode():
+        clouds = [tmp_path / "things" / f"{kind}.npy" for kind in ("chair", "mug")]
+        rows = model.get_point_cloud_features(**processor(point_clouds=clouds)).pooler_output
+        text = model.get_text_features(**processor(text="a dog")).pooler_output[0]
+    found = {hit.path.name: hit.score for hit in made.search("a dog").hits["point_cloud"]}
+    for path, score in zip(clouds, (rows @ text).tolist(), strict=True):
+        assert found[path.name] == pytest.approx(score, abs=1e-5)
+    assert names(made.search(clouds[0]), "point_cloud") == ["mug.npy"]
+    page = tmp_path / "page.html"
+    write_search_page(page, made, [made.search(clouds[0])])
+    assert page.read_text().count("data:image/jpeg") == 1 + 2 + 1
+
+
 def test_a_model_without_a_modality_searches_the_others(index, tiny_model, tmp_path, folder):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
@@ -478,7 +499,7 @@ def test_the_help_names_the_defaults(capsys):
         main(["search", "--help"])
     assert stopped.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    for text in ("default: images and audio", "default: 10", "default: 32", "~/.cache", "Example: cmcr search"):
+    for text in ("default: all files but .txt", "default: 10", "default: 32", "~/.cache", "Example: cmcr search"):
         assert text in out
 
 
