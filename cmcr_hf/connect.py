@@ -260,7 +260,7 @@ def _with_names(sets: list[RetrievalSet], names: dict[str, torch.Tensor], items:
         return []
     check_classes(query.labels, distinct, (query.modality, "names"))
     gallery = Side("clip", "text", embeds["clip"], distinct)
-    return [RetrievalSet(query, gallery, sets[0].query_bank, sets[0].gallery_bank, classify=True)]
+    return [replace(sets[0], gallery=gallery, classify=True)]
 
 
 def _check_training(recipe: Recipe, rows: int) -> None:
