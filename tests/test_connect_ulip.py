@@ -151,7 +151,7 @@ def test_the_same_walk_keeps_what_is_there(finished, recipe, data):
 
 def test_a_ulip_without_the_tower_that_connects_is_refused(recipe, data, tmp_path):
     text = replace(recipe, connector={**recipe.connector, "bridges": [["clip", "ulip", "text"]]})
-    with pytest.raises(ValueError, match="The ulip source .* has no text tower, which is to connect it"):
+    with pytest.raises(ValueError, match=r"The ulip source .* has no text tower, which is to connect it"):
         connect(text, tmp_path, data)
 
 

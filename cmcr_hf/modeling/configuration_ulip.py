@@ -84,4 +84,6 @@ class UlipConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592
 
 
+UlipConfig.register_for_auto_class("AutoConfig")
+
 __all__ = ["UlipConfig", "UlipPointConfig"]

@@ -293,4 +293,7 @@ class UlipModel(UlipPreTrainedModel):
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
 
+# Every saved folder carries the code, as that of a CMCRModel does.
+UlipModel.register_for_auto_class("AutoModel")
+
 __all__ = ["UlipModel", "UlipOutput", "UlipPreTrainedModel"]

@@ -264,6 +264,11 @@ cloud = np.random.default_rng(0).normal(size=(60, 3))
 tensors = {}
 for name, folder in json.loads(sys.argv[1]).items():
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    if name == "source":
+        points = torch.from_numpy(cloud).float()[None]
+        with torch.no_grad():
+            tensors[name] = model.get_point_cloud_features(points).pooler_output
+        continue
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         tensors[name] = model.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
@@ -271,11 +276,11 @@ save_file(tensors, sys.argv[2])
 """
 
 
-def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, model, processor, tmp_path):
+def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, tiny_ulip, model, processor, tmp_path):
     connector = tmp_path / "connector"
     model.connector.save_pretrained(connector)
     processor.save_pretrained(connector)
-    folders = json.dumps({"full": str(tiny_ulip_model), "connector": str(connector)})
+    folders = json.dumps({"full": str(tiny_ulip_model), "connector": str(connector), "source": str(tiny_ulip)})
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STRANGER, folders, str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -283,7 +288,9 @@ def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, model, pro
     with torch.no_grad():
         cloud = np.random.default_rng(0).normal(size=(60, 3))
         expected = model.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
+        source = model.ulip.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
     found = load_file(tmp_path / "out.safetensors")
+    assert torch.allclose(found["source"], source, rtol=0, atol=1e-6)
     for embeds in (found["full"], found["connector"]):
         assert torch.allclose(embeds, expected, rtol=0, atol=1e-6)
 
