@@ -31,9 +31,10 @@ from .world import stream
 
 PROJECTION_DIM = 128
 MAX_TOKENS = 40
-BATCH = 128
 _PEAK_LEARNING_RATE = 1e-3
 _LARGEST_LOGIT_SCALE = 100.0
+
+Augment = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -150,33 +151,17 @@ def train_clip(
     split: str,
     count: int,
     steps: int,
+    batch: int,
     text_hidden_size: int,
     vision_hidden_size: int,
+    augment: Augment | None = None,
 ) -> None:
     """Train a small CLIP on `count` pictures a name of the streams `split`, and write it with its processors."""
-    tokenizer = _clip_tokenizer(corpus(pictures.names, pictures.caption, random))
+    tokenizer = clip_tokenizer(corpus(pictures.names, pictures.caption, random))
     processor = image_processor()
     config = CLIPConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": text_hidden_size,
-            "intermediate_size": 3 * text_hidden_size,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": MAX_TOKENS,
-            "bos_token_id": tokenizer.bos_token_id,
-            # The id 2 would make CLIP pool at the largest token id instead of at this token.
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "image_size": IMAGE_SIZE,
-            "patch_size": 8,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 3 * vision_hidden_size,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-        },
+        text_config=text_config(tokenizer, text_hidden_size),
+        vision_config=vision_config(vision_hidden_size),
         projection_dim=PROJECTION_DIM,
     )
     features, colours = picture_features(processor, pictures, seed, split, count)
@@ -185,8 +170,60 @@ def train_clip(
         return pictures.caption(pictures.names[row // count], random, colour=colours[row])
 
     model = initialised(CLIPModel, config, random)
-    train_on_captions(model, "pixel_values", features, caption, tokenizer, random, steps, "Training CLIP")
+    train_on_captions(
+        model,
+        "pixel_values",
+        features,
+        caption,
+        tokenizer,
+        random,
+        steps,
+        "Training CLIP",
+        batch=batch,
+        augment=augment,
+    )
     save(folder, model, tokenizer, processor)
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> dict[str, Any]:
+    """Return the configuration of a small text tower of CLIP's."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        # The id 2 would make CLIP pool at the largest token id instead of at this token.
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def vision_config(hidden_size: int) -> dict[str, Any]:
+    """Return the configuration of a small image tower, a ViT."""
+    return {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+
+
+def shifted_or_mirrored(pixels: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """Move each picture `(pictures, 3, side, side)` by up to an eighth of its side, and mirror half of them."""
+    count, channels, side, _ = pixels.shape
+    reach = side // 8
+    padded = functional.pad(pixels, (reach, reach, reach, reach), mode="replicate")
+    down, right = torch.from_numpy(random.integers(0, 2 * reach + 1, (2, count, 1)))
+    rows, columns = down + torch.arange(side), right + torch.arange(side)
+    mirrored = torch.from_numpy(random.random(count) < 0.5)
+    columns[mirrored] = columns[mirrored].flip(1)
+    picture, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None]
+    return padded[picture, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def corpus(
@@ -196,7 +233,7 @@ def corpus(
     return [caption(name, random) for name in names for _ in range(600)]
 
 
-def _clip_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+def clip_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     """Train byte-pair encoding of characters, with CLIP's specials and a mark at the start of a word."""
     tokenizer = Tokenizer(models.BPE(unk_token="<|unknown|>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -248,17 +285,22 @@ def train_on_captions(
     random: np.random.Generator,
     steps: int,
     description: str,
+    *,
+    batch: int,
+    augment: Augment | None = None,
 ) -> None:
     """Train contrastively on features and captions of them; each step draws its captions afresh."""
 
     def logits(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         captions = [caption(int(row)) for row in rows]
-        inputs = {input_name: features[torch.from_numpy(rows)].float(), **tokenise(tokenizer, captions)}
-        outputs = model(**inputs)
+        items = features[torch.from_numpy(rows)].float()
+        if augment is not None:
+            items = augment(items, random)
+        outputs = model(**{input_name: items, **tokenise(tokenizer, captions)})
         per_item = outputs.logits_per_image if "pixel" in input_name else outputs.logits_per_audio
         return per_item, outputs.logits_per_text, captions
 
-    train_contrastively(model, len(features), logits, random, steps, description)
+    train_contrastively(model, len(features), logits, random, steps, description, batch=batch)
 
 
 def train_contrastively(
@@ -268,8 +310,10 @@ def train_contrastively(
     random: np.random.Generator,
     steps: int,
     description: str,
+    *,
+    batch: int,
 ) -> None:
-    """Train with the symmetric InfoNCE loss on `count` pairs.
+    """Train what is not frozen with the symmetric InfoNCE loss on `count` pairs.
 
     Pairs of one concept are negatives of each other, except where two of a batch are the same sentence.
 
@@ -278,8 +322,9 @@ def train_contrastively(
             second with first parts, and the sentences, or whatever tells one pair from another.
     """
     scales = [parameter for name, parameter in model.named_parameters() if "logit_scale" in name]
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    undecayed = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    undecayed = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": undecayed, "weight_decay": 0.0}],
         lr=_PEAK_LEARNING_RATE,
@@ -288,7 +333,7 @@ def train_contrastively(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=_PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    batch = min(BATCH, count)
+    batch = min(batch, count)
     order = np.empty(0, dtype=np.int64)
     model.train()
     with torch.random.fork_rng(devices=[]), tqdm(range(steps), desc=description, unit="step") as progress:

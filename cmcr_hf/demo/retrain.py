@@ -30,7 +30,6 @@ from .captions import concept_phrase, image_caption, sound_caption
 from .concepts import CONCEPTS
 from .drawing import draw
 from .pretraining import (
-    BATCH,
     MAX_TOKENS,
     PROJECTION_DIM,
     CaptionedPictures,
@@ -55,6 +54,8 @@ from .synthesis import SAMPLING_RATE, synthesise
 from .world import distinct_texts, stream
 
 logger = logging.getLogger(__name__)
+
+_BATCH = 128
 
 _PICTURES = CaptionedPictures({name: concept.colours for name, concept in CONCEPTS.items()}, draw, image_caption)
 
@@ -92,7 +93,7 @@ def retrain(
         "sounds_per_concept": sounds,
         "clip_steps": clip_steps,
         "clap_steps": clap_steps,
-        "batch": BATCH,
+        "batch": _BATCH,
         "minutes": minutes,
         **measure(output, seed=seed, held_out=held_out),
     }
@@ -167,6 +168,7 @@ def _train_clip(folder: Path, seed: int, pictures: int, steps: int) -> None:
         split="clip_training_images",
         count=pictures,
         steps=steps,
+        batch=_BATCH,
         text_hidden_size=96,
         vision_hidden_size=112,
     )
@@ -224,7 +226,9 @@ def _train_clap(folder: Path, seed: int, sounds: int, steps: int) -> None:
         return sound_caption(list(CONCEPTS)[row // sounds], random)
 
     model = initialised(ClapModel, config, random)
-    train_on_captions(model, "input_features", features, caption, tokenizer, random, steps, "Training CLAP")
+    train_on_captions(
+        model, "input_features", features, caption, tokenizer, random, steps, "Training CLAP", batch=_BATCH
+    )
     save(folder, model, tokenizer, extractor)
 
 

@@ -72,12 +72,17 @@ def picture_of(mesh: Mesh, generator: np.random.Generator, colour: str | None = 
             @ rotation("x", generator.uniform(0.2, 0.75))
             @ rotation("y", generator.uniform(-1.0, 1.0))
         )
-        x, y = image.width * generator.uniform(0.4, 0.6, 2)
+        seen = mesh.vertices @ view.T
+        low, high = seen.min(axis=0), seen.max(axis=0)
+        # Framed by what is seen: many things are long and thin, and small in a frame that holds their unit ball.
+        seen -= (low + high) / 2
+        scale = image.width * generator.uniform(0.65, 0.9) / (high - low)[:2].max()
+        x, y = image.width * generator.uniform(0.45, 0.55, 2)
         light = generator.uniform((-1, 0.3, 0.3), (1, 1.2, 1.2))
         mask, brightness = project(
-            replace(mesh, vertices=mesh.vertices @ view.T),
+            replace(mesh, vertices=seen),
             image.width,
-            scale=image.width * generator.uniform(0.30, 0.46),
+            scale=scale,
             centre=(x, y),
             light=light / np.linalg.norm(light),
             ambient=generator.uniform(0.25, 0.45),

@@ -15,6 +15,7 @@ from cmcr_hf.demo.pretraining import (
     class_retrieval,
     folder_bytes,
     relabelled_map,
+    shifted_or_mirrored,
     train_apart,
     train_contrastively,
     unit,
@@ -48,7 +49,7 @@ def test_contrastive_training_brings_pairs_together_the_same_way_for_the_same_ge
             per_first = 20 * unit(model(first[rows])) @ second[rows].T
             return per_first, per_first.T, [str(row) for row in rows]
 
-        train_contrastively(model, 40, logits, np.random.default_rng(0), 200, "Training")
+        train_contrastively(model, 40, logits, np.random.default_rng(0), 200, "Training", batch=128)
         with torch.no_grad():
             return model(first) @ second.T, seen
 
@@ -60,6 +61,37 @@ def test_contrastive_training_brings_pairs_together_the_same_way_for_the_same_ge
     # A pass goes through all pairs.
     assert sorted(seen[:40]) == list(range(40))
     assert torch.equal(trained()[0], scores)
+
+
+def test_a_frozen_part_is_left_as_it_is() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    rows = torch.eye(4)
+
+    def logits(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        per_row = model(rows[numbers]) @ rows[numbers].T
+        return per_row, per_row.T, [str(number) for number in numbers]
+
+    train_contrastively(model, 4, logits, np.random.default_rng(0), 5, "Training", batch=4)
+    changed = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert changed == [False, False, True, True]
+
+
+def test_an_augmented_picture_is_the_picture_moved_a_little_and_perhaps_mirrored() -> None:
+    side = 64
+    pixels = torch.zeros(200, 3, side, side)
+    pixels[:, 1, 30, 20] = 1.0
+    moved = shifted_or_mirrored(pixels, np.random.default_rng(0))
+    assert moved.shape == pixels.shape and torch.equal(moved.sum(dim=(1, 2, 3)), torch.ones(200))
+    _, channels, rows, columns = moved.nonzero(as_tuple=True)
+    assert channels.unique().tolist() == [1]
+    assert (rows.min(), rows.max()) == (30 - 8, 30 + 8)
+    plain, mirrored = columns[columns < 32], columns[columns >= 32]
+    assert (plain.min(), plain.max()) == (20 - 8, 20 + 8)
+    assert (mirrored.min(), mirrored.max()) == (43 - 8, 43 + 8)
+    assert 70 < len(plain) < 130
+    assert torch.equal(moved, shifted_or_mirrored(pixels, np.random.default_rng(0)))
 
 
 def test_figures_of_perfect_and_of_relabelled_classes() -> None:

@@ -74,7 +74,9 @@ def test_the_recorded_figures_are_those_of_the_shipped_weights() -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("encoders")
-    return folder, retrain_shapes(folder, seed=3, pictures=12, pairs=12, clip_steps=12, ulip_steps=12, held_out=4)
+    return folder, retrain_shapes(
+        folder, seed=3, pictures=12, pairs=12, clip_steps=12, image_steps=12, point_steps=12, held_out=4
+    )
 
 
 @pytest.mark.slow
@@ -89,7 +91,7 @@ def test_a_short_retraining_writes_both_encoders_and_their_figures(small: tuple[
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(small: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    retrain_shapes(tmp_path, seed=3, pictures=12, pairs=12, clip_steps=12, ulip_steps=12, held_out=4)
+    retrain_shapes(tmp_path, seed=3, pictures=12, pairs=12, clip_steps=12, image_steps=12, point_steps=12, held_out=4)
     for path in small[0].rglob("*.*"):
         if path.name != "figures.json":
             assert path.read_bytes() == (tmp_path / path.relative_to(small[0])).read_bytes()
