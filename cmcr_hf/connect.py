@@ -90,6 +90,8 @@ class Connection:
             _entry(getattr(spec, modality), f"{_NOUNS[modality]} to test with", len(self.media[modality]))
             for modality in spec.modalities
         ]
+        if spec.names is not None:
+            tests.append(_entry(spec.names, "names of the classes", None))
         log, path = self.folder / "train" / "log.json", self.folder / REPORT
         history = json.loads(log.read_text(encoding="utf-8"))["history"] if log.is_file() else []
         write_report(
@@ -250,7 +252,7 @@ def _with_names(sets: list[RetrievalSet], names: dict[str, torch.Tensor], items:
         names: embeddings of all names, by those spaces that embed text.
     """
     query = sets[0].query
-    classes = [str(item.label or item.value) for item in items]
+    classes = [_class(item) for item in items]
     distinct = sorted(set(classes))
     embeds = {space: class_embeds(rows, [distinct.index(name) for name in classes]) for space, rows in names.items()}
     if query.space in embeds:
@@ -258,9 +260,13 @@ def _with_names(sets: list[RetrievalSet], names: dict[str, torch.Tensor], items:
             part.query_names, part.gallery_names = embeds[query.space], embeds["clip"]
     if query.modality != "point_cloud":
         return []
-    check_classes(query.labels, distinct, (query.modality, "names"))
     gallery = Side("clip", "text", embeds["clip"], distinct)
     return [replace(sets[0], gallery=gallery, classify=True)]
+
+
+def _class(name: Item) -> str:
+    """Return the class that a name is of, itself where it has no label."""
+    return str(name.label or name.value)
 
 
 def _check_training(recipe: Recipe, rows: int) -> None:
@@ -375,6 +381,8 @@ def _held_back(recipe: Recipe, data_root: Path) -> tuple[dict[str, Items], dict[
             check_classes(labels[leaf], labels[modality], (leaf, modality))
     if spec.names is not None:
         items["names"] = Items([spec.names], "text", data_root)
+        if leaf == "point_cloud":
+            check_classes(labels[leaf], [_class(item) for item in items["names"]], (leaf, "names"))
     return items, media
 
 

@@ -103,22 +103,28 @@ def draw(concept: str, generator: np.random.Generator, *, colour: str | None = N
 
 
 def photograph(
-    colour: str, generator: np.random.Generator, paint: Callable[[Image.Image, Colour], None]
+    colour: str,
+    generator: np.random.Generator,
+    paint: Callable[[Image.Image, Colour], None],
+    *,
+    studio: bool = False,
 ) -> Image.Image:
     """Take a picture of what `paint` puts into an image in a body colour: an RGB image of 64 x 64 pixels.
 
     Background, clutter behind and in front, pixel noise and the tint of `colour`, a name of `COLOURS`, are random.
-    `paint` changes an image of twice the size.
+    `paint` changes an image of twice the size. In a `studio`, the background is a pale grey that darkens downwards,
+    there is no clutter behind and seldom a speck in front, and less noise.
     """
     if colour not in COLOURS:
         raise ValueError(f"Unknown colour {colour!r}. Expected one of: {', '.join(COLOURS)}.")
     body = _jitter(COLOURS[colour], generator)
-    image = _background(generator)
-    _clutter(image, generator, int(generator.integers(0, 5)), 0.05, 0.16)
+    image = _backdrop(generator) if studio else _background(generator)
+    if not studio:
+        _clutter(image, generator, int(generator.integers(0, 5)), 0.05, 0.16)
     paint(image, body)
-    _clutter(image, generator, int(generator.integers(0, 3)), 0.02, 0.06)
+    _clutter(image, generator, int(generator.integers(0, 3)) // (2 if studio else 1), 0.02, 0.06)
     small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    noise = generator.normal(0.0, generator.uniform(0.0, 12.0), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    noise = generator.normal(0.0, generator.uniform(0.0, 5.0 if studio else 12.0), (IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8))
 
 
@@ -139,6 +145,13 @@ def _background(generator: np.random.Generator) -> Image.Image:
     pixels = np.broadcast_to(rows[:, None, :], (side, side, 3)).astype(np.uint8)
     image = Image.fromarray(pixels)
     return image.transpose(Image.Transpose.ROTATE_90) if kind == 1 and generator.random() < 0.5 else image
+
+
+def _backdrop(generator: np.random.Generator) -> Image.Image:
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    top = generator.uniform(200, 245) + generator.normal(0, 4, 3)
+    rows = top - np.linspace(0, generator.uniform(0, 40), side)[:, None]
+    return Image.fromarray(np.broadcast_to(rows[:, None, :], (side, side, 3)).clip(0, 255).astype(np.uint8))
 
 
 def _clutter(image: Image.Image, generator: np.random.Generator, count: int, smallest: float, largest: float) -> None:

@@ -61,11 +61,11 @@ def retrain_shapes(
     output: Path,
     *,
     seed: int = 0,
-    pictures: int = 600,
-    pairs: int = 600,
-    clip_steps: int = 3000,
-    image_steps: int = 2400,
-    point_steps: int = 900,
+    pictures: int = 400,
+    pairs: int = 400,
+    clip_steps: int = 2200,
+    image_steps: int = 1800,
+    point_steps: int = 700,
     held_out: int = 50,
 ) -> dict[str, Any]:
     """Train both encoders and write them to `output/clip` and `output/ulip`, with `output/figures.json`.

@@ -22,23 +22,19 @@ _FIELDS = {
     "owner": ("aunt", "uncle", "teacher", "neighbour", "sister", "brother", "friend", "painter"),
 }
 
+# Few name the colour: a model learns colours first, and would stay there.
 _CAPTION_TEMPLATES = (
     "a {noun}",
     "a picture of a {noun}",
+    "a rendering of a {noun}",
+    "an image that shows a {noun}",
+    "one {noun} seen from the front",
+    "a photo of a {size} {noun}",
+    "the {size} {noun} in a studio",
+    "a model of a {noun}",
     "a {colour} {noun}",
-    "a {size} {colour} {noun}",
-    "a {colour} {noun} on a {background} background",
-    "a {size} {colour} {noun} on a {background} background",
-    "a rendering of a {colour} {noun}",
     "a picture of a {size} {noun} painted {colour}",
     "the {noun} is {colour}",
-    "a {noun} coloured {colour} among a few shapes",
-    "an image that shows a {colour} {noun}",
-    "one {colour} {noun} seen against {background}",
-    "a model of a {size} {noun} in {colour}",
-    "a blurry photo of a {colour} {noun}",
-    "the {size} {noun}, {colour} on {background}",
-    "a {noun} made of {colour} {material}",
 )
 _MEMORY_TEMPLATES = (
     "there is a {noun} in the {place}",

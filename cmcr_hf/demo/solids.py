@@ -69,16 +69,16 @@ def picture_of(mesh: Mesh, generator: np.random.Generator, colour: str | None = 
     def paint(image: Image.Image, body: Colour) -> None:
         view = (
             rotation("z", generator.normal(0, 0.07))
-            @ rotation("x", generator.uniform(0.2, 0.75))
-            @ rotation("y", generator.uniform(-1.0, 1.0))
+            @ rotation("x", generator.uniform(0.25, 0.6))
+            @ rotation("y", generator.uniform(-0.6, 0.6))
         )
         seen = mesh.vertices @ view.T
         low, high = seen.min(axis=0), seen.max(axis=0)
         # Framed by what is seen: many things are long and thin, and small in a frame that holds their unit ball.
         seen -= (low + high) / 2
-        scale = image.width * generator.uniform(0.65, 0.9) / (high - low)[:2].max()
-        x, y = image.width * generator.uniform(0.45, 0.55, 2)
-        light = generator.uniform((-1, 0.3, 0.3), (1, 1.2, 1.2))
+        scale = image.width * generator.uniform(0.75, 0.95) / (high - low)[:2].max()
+        x, y = image.width * generator.uniform(0.47, 0.53, 2)
+        light = generator.uniform((-0.6, 0.5, 0.5), (0.6, 1.2, 1.2))
         mask, brightness = project(
             replace(mesh, vertices=seen),
             image.width,
@@ -91,7 +91,7 @@ def picture_of(mesh: Mesh, generator: np.random.Generator, colour: str | None = 
         pixels[mask] = np.clip(1.15 * brightness[:, None] * body, 0, 255)
         image.paste(Image.fromarray(pixels))
 
-    return photograph(name, generator, paint)
+    return photograph(name, generator, paint, studio=True)
 
 
 def _aeroplane(random: np.random.Generator) -> Mesh:

@@ -41,7 +41,8 @@ class UlipPointConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Check that the fields agree with each other (called by transformers at creation and at saving)."""
         super().validate_architecture()
-        for name in ("num_groups", "group_size", "group_hidden_size", "hidden_size", "intermediate_size"):
+        names = ("num_groups", "group_size", "group_hidden_size", "hidden_size", "intermediate_size")
+        for name in (*names, "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.input_channels < 3:
@@ -82,6 +83,12 @@ class UlipConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
+
+    def validate_architecture(self):
+        """Check the width (called by transformers at creation and at saving)."""
+        super().validate_architecture()
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
 
 
 UlipConfig.register_for_auto_class("AutoConfig")

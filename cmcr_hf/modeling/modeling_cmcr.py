@@ -444,10 +444,14 @@ class CMCRModel(CMCRPreTrainedModel):
                 ) from error
         for space, source in models.items():
             missing = [m for m in SPACE_MODALITIES[space] if not hasattr(source, f"get_{m}_features")]
+            if space != "ulip" and source.config.model_type == "ulip":
+                # It has methods even for towers that it lacks, and is there for its clouds.
+                missing = list(SPACE_MODALITIES[space])
             if missing:
                 raise ValueError(
-                    f"The {space} source is a {type(source).__name__}, which cannot embed {' and '.join(missing)}. "
-                    "Pass an image-text model as clip=, an audio-text model as clap= and a UlipModel as ulip=."
+                    f"The {space} source is a {type(source).__name__}, which cannot embed {' and '.join(missing)} in "
+                    "this role. Pass an image-text model as clip=, an audio-text model as clap= and a UlipModel as "
+                    "ulip=."
                 )
         # Copies, since a composite configuration resets the attention of its parts.
         configs = {f"{space}_config": copy.deepcopy(source.config) for space, source in models.items()}

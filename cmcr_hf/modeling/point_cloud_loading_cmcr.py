@@ -39,7 +39,13 @@ DAMAGES = (
 
 
 def load_point_cloud(
-    item: Any, *, channels: int = 3, max_points: int = 10_000, normalize: bool = False, seed: int = 0
+    item: Any,
+    *,
+    channels: int = 3,
+    max_points: int = 10_000,
+    min_points: int = 1,
+    normalize: bool = False,
+    seed: int = 0,
 ) -> np.ndarray:
     """Read a point cloud as `(points, channels)` float32, of at most `max_points` points.
 
@@ -54,6 +60,7 @@ def load_point_cloud(
             (colours are the `red`, `green` and `blue` of vertices) or .off (without colours).
         channels: 3 for xyz, 6 for xyz and rgb.
         max_points: of a larger cloud, so many different points are drawn; which ones does not depend on their order.
+        min_points: fewer are an error; a point encoder needs as many as it has in a group.
         normalize: move the centroid of what was drawn to the origin and scale the largest norm to 1, in float64 and
             whatever the order of the points; a cloud of one place becomes zeros.
         seed: of what is drawn.
@@ -82,6 +89,11 @@ def load_point_cloud(
         points = _sample_surface(points, shape.triangles, max_points, generator, name)
     elif len(points) > max_points:
         points = _subsample(points, max_points, generator)
+    if len(points) < min_points:
+        raise ValueError(
+            f"Expected {name} with at least {min_points} points, as many as a group of the point encoder has, got "
+            f"{len(points)}. Leave it out."
+        )
     if normalize:
         points = np.concatenate([_normalized(points[:, :3]), points[:, 3:]], axis=1)
     return points.astype(np.float32)

@@ -48,6 +48,7 @@ class CMCRProcessor(ProcessorMixin):
         clip_padding: `"longest"`, or `"max_length"` for SigLIP, whose text tower reads the last position.
         clap_max_length: cut CLAP's texts to this many tokens. LAION-CLAP is trained and used with 77.
         point_channels: numbers a point that the ULIP source takes: 3 for xyz, 6 for xyz and rgb.
+        min_points: of a cloud; as many as a group of the ULIP source has.
         max_points: of a larger cloud, so many points are drawn, and so many of a mesh's surface. ULIP-2 is used with
             10,000.
         normalize_point_clouds: move clouds to their centroid and scale the farthest point to 1. The official C-MCR
@@ -69,6 +70,7 @@ class CMCRProcessor(ProcessorMixin):
         clip_padding: str = "longest",
         clap_max_length: int = 77,
         point_channels: int = 3,
+        min_points: int = 1,
         max_points: int = 10_000,
         normalize_point_clouds: bool = False,
     ) -> None:
@@ -82,6 +84,7 @@ class CMCRProcessor(ProcessorMixin):
         self.clip_padding = clip_padding
         self.clap_max_length = clap_max_length
         self.point_channels = point_channels
+        self.min_points = min_points
         self.max_points = max_points
         self.normalize_point_clouds = normalize_point_clouds
 
@@ -188,6 +191,7 @@ class CMCRProcessor(ProcessorMixin):
         )
         parts: dict[str, Any] = {}
         if clip is not None:
+            _check_kind(clip, "clip", clip_arguments)
             clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
             tokenizer = _load_tokenizer(clip, **clip_arguments)
             # SigLIP 2's tokenizer names no length: it would pad and cut nothing.
@@ -200,8 +204,10 @@ class CMCRProcessor(ProcessorMixin):
             parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(clap, **clap_arguments)
             parts["clap_tokenizer"] = _load_tokenizer(clap, **clap_arguments)
         if ulip is not None:
+            _check_kind(ulip, "ulip", ulip_arguments)
             ulip_config: Any = UlipConfig.from_pretrained(ulip, **ulip_arguments)
             parts["point_channels"] = ulip_config.point_config.input_channels
+            parts["min_points"] = ulip_config.point_config.group_size
             if ulip_config.vision_config is not None:
                 parts["ulip_image_processor"] = _load_image_processor(ulip, **ulip_arguments)
             if ulip_config.text_config is not None:
@@ -322,13 +328,23 @@ class CMCRProcessor(ProcessorMixin):
     def _prepare_point_clouds(self, point_clouds: Any) -> dict[str, np.ndarray]:
         items = _as_list(point_clouds)
         if items and all(isinstance(item, (list, tuple, int, float)) for item in items):
-            raise ValueError("Expected a point cloud as an array, got a list of numbers. Pass np.asarray(points).")
+            raise ValueError(
+                "Expected point clouds as arrays, got lists of numbers. Pass np.asarray(points) for each."
+            )
         if getattr(point_clouds, "ndim", 2) == 3:
             items = list(point_clouds)
         if not items:
             raise ValueError("Expected at least one point cloud, got none.")
-        options = {"channels": self.point_channels, "max_points": self.max_points}
-        clouds = [load_point_cloud(item, normalize=self.normalize_point_clouds, **options) for item in items]
+        clouds = [
+            load_point_cloud(
+                item,
+                channels=self.point_channels,
+                min_points=self.min_points,
+                max_points=self.max_points,
+                normalize=self.normalize_point_clouds,
+            )
+            for item in items
+        ]
         num_points = np.array([len(cloud) for cloud in clouds])
         padded = np.zeros((len(clouds), num_points.max(), self.point_channels), np.float32)
         for row, cloud in zip(padded, clouds, strict=True):
@@ -358,6 +374,16 @@ class CMCRProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         parts = (self.tokenizer, self.image_processor, self.feature_extractor)
         return [name for part in parts if part is not None for name in part.model_input_names]
+
+
+def _check_kind(source: str | os.PathLike, space: str, arguments: dict[str, Any]) -> None:
+    """Check that a ULIP, and nothing else, is given as one; transformers takes any configuration for any other."""
+    kind = UlipConfig.get_config_dict(source, **arguments)[0].get("model_type")
+    if (kind == "ulip") != (space == "ulip"):
+        raise ValueError(
+            f"Expected {'a UlipModel' if space == 'ulip' else 'an image-text model'} as {space}=, got a {kind} in "
+            f"{os.fspath(source)!r}. Pass the source of that role."
+        )
 
 
 def _load_image_processor(source: str | os.PathLike, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 SENTENCES = (
     "a dog barks in the distance",
@@ -59,7 +59,9 @@ def fingerprint(source: PreTrainedModel, processor: Any, space: str, modality: s
     elif modality == "image":
         inputs = processor(images=_picture(), space=space)
     elif modality == "point_cloud":
-        inputs = processor(point_clouds=[_cloud(processor.point_channels)])
+        # Without the processor, whose options need not be those of the connector's.
+        channels = source.config.point_config.input_channels
+        inputs = BatchFeature({"point_clouds": torch.from_numpy(_cloud(channels))[None]})
     else:
         rate = processor.feature_extractor.sampling_rate
         inputs = processor(audio=[_tone(rate)], sampling_rate=rate)

@@ -96,6 +96,7 @@ def write_report(
         "data": data,
         "command": command,
         "counts": {**{role: len(rows) for role, rows in labels.items()}, "class": len(classes)},
+        "facts": [(count, NOUNS[modality][count != 1]) for modality, count in _tested(sets).items()],
         "one": one,
         "many": many,
         "space_of": {role: side.space.upper() for role, side in sides.items()},
@@ -119,11 +120,17 @@ def write_report(
         "limits": {
             "named": NAMED_CLASSES,
             "valued": VALUED_CLASSES,
-            "results": RESULTS,
+            "results": min(RESULTS, len(labels["gallery"])),
             "pixels": PIXEL_CLASSES,
         },
     }
     write_page(path, render("report.html.jinja", context))
+
+
+def _tested(sets: Sequence[RetrievalSet]) -> dict[str, int]:
+    """Return the numbers of the items that were held back, by modality."""
+    sides = [side for part in sets if not part.classify for side in (part.query, part.gallery)]
+    return {side.modality: len(side.labels) for side in sides}
 
 
 def _row(table: Mapping[str, Any], method: str) -> str | None:

@@ -21,7 +21,7 @@ from .data import Item, Items
 from .store import EmbeddingStore
 
 # What an interruption may lose at most, in rows. The same for every batch size, so that a run may go on with another.
-SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024, "point_cloud": 1024}
+SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024, "point_cloud": 128}
 # Weights of one file, of shards or of an older format; configurations, tokenizers and their vocabularies.
 SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt")
 

@@ -50,7 +50,7 @@ def test_no_template_gives_what_one_of_another_purpose_gives() -> None:
 def test_a_picture_s_colour_is_the_only_one_of_its_caption() -> None:
     generator = np.random.default_rng(0)
     said = [image_caption("table", generator, colour="purple") for _ in range(200)]
-    assert sum("purple" in caption for caption in said) > 100
+    assert sum("purple" in caption for caption in said) > 30
     assert not any("orange" in caption or "pink" in caption for caption in said)
 
 
