@@ -375,6 +375,12 @@ def save(folder: Path, model: Any, *processors: Any) -> None:
     with named_write_errors(folder.parent):
         for part in (model.half(), *processors):
             part.save_pretrained(new)
+        # What comes with this package needs no copy of its code.
+        for path in new.glob("*.py"):
+            path.unlink()
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        config.pop("auto_map", None)
+        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         replace_folder(folder)
 
 
