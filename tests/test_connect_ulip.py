@@ -169,3 +169,14 @@ def test_a_class_that_only_clouds_have_is_named(recipe, data, tmp_path):
     names = DataSpec(table=str(tmp_path / "names.csv"), column="text", label="concept")
     with pytest.raises(ValueError, match="The class 'cat', one of 1 such, has point_cloud items but no names"):
         connect(replace(recipe, evaluate=replace(recipe.evaluate, names=names)), tmp_path / "out", data)
+    # Before any work.
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cloud_smaller_than_a_group_is_named(recipe, data, tmp_path):
+    (tmp_path / "clouds").mkdir()
+    np.save(tmp_path / "clouds" / "0.npy", np.zeros((20, 3)))
+    np.save(tmp_path / "clouds" / "1.npy", np.zeros((5, 3)))
+    small = replace(recipe, point_cloud=[DataSpec(folder=str(tmp_path / "clouds"))])
+    with pytest.raises(ValueError, match=r"with at least 8 points, .* got 5\. Leave it out\. \(item '1\.npy'\)"):
+        connect(small, tmp_path / "out", data)

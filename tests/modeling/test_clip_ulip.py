@@ -208,6 +208,31 @@ def test_point_cloud_options_survive_saving_and_loading(tiny_clip, tiny_ulip, tm
     assert inputs["point_clouds"].norm(dim=-1).max() == pytest.approx(1, abs=1e-6)
 
 
+def test_a_cloud_smaller_than_a_group_is_named(processor, tmp_path):
+    np.save(tmp_path / "small.npy", np.zeros((7, 3)))
+    with pytest.raises(ValueError, match=r"small\.npy' with at least 8 points, as many as a group .* got 7"):
+        processor(point_clouds=[np.zeros((8, 3)), tmp_path / "small.npy"])
+
+
+def test_the_options_of_a_processor_do_not_change_what_a_source_is_known_by(model, tiny_clip, tiny_ulip, tmp_path):
+    model.connector.save_pretrained(tmp_path)
+    processor = CMCRProcessor.from_sources_pretrained(tiny_clip, ulip=tiny_ulip)
+    processor.normalize_point_clouds, processor.max_points = True, 100
+    again = CMCRModel.from_sources_pretrained(tiny_clip, ulip=tiny_ulip, connector=tmp_path, processor=processor)
+    assert again.config.fingerprints == model.config.fingerprints
+
+
+def test_a_source_in_another_role_is_refused(tiny_clip, tiny_ulip):
+    with pytest.raises(ValueError, match="The clip source is a UlipModel, which cannot embed image and text"):
+        CMCRModel.from_sources_pretrained(tiny_ulip, ulip=tiny_ulip)
+    with pytest.raises(ValueError, match="The ulip source is a CLIPModel, which cannot embed point_cloud"):
+        CMCRModel.from_sources_pretrained(tiny_clip, ulip=tiny_clip)
+    with pytest.raises(ValueError, match="Expected a UlipModel as ulip=, got a clip in"):
+        CMCRProcessor.from_sources_pretrained(tiny_clip, ulip=tiny_clip)
+    with pytest.raises(ValueError, match="Expected an image-text model as clip=, got a ulip in"):
+        CMCRProcessor.from_sources_pretrained(tiny_ulip, ulip=tiny_ulip)
+
+
 def test_colours_are_asked_for_where_the_source_takes_them(tiny_clip, tiny_ulip, tmp_path):
     processor = CMCRProcessor.from_sources_pretrained(tiny_clip, ulip=tiny_ulip)
     processor.point_channels = 6

@@ -224,6 +224,35 @@ def test_a_dense_and_a_lonely_part_of_a_cloud_are_searched_exactly():
         assert torch.equal((found[:, 0] + found[:, 1] + found[:, 2]).sort().values, nearest)
 
 
+def test_padding_may_hold_anything():
+    clouds = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0))
+    num_points = torch.tensor([60, 40])
+    padding = torch.arange(60) >= num_points[:, None]
+    spoilt = clouds.masked_fill(padding[..., None], torch.nan)
+    expected = grouping_ulip.group_points(clouds, 12, 8, num_points=num_points)
+    found = grouping_ulip.group_points(spoilt, 12, 8, num_points=num_points)
+    elsewhere = grouping_ulip._group_clouds(spoilt, 12, 8, padding, None)
+    for one, other, third in zip(expected, found, elsewhere, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_points_that_are_not_finite_are_refused(value):
+    clouds = torch.zeros(1, 40, 3)
+    clouds[0, 3, 1] = value
+    for group in (grouping_ulip.group_points, lambda *given: grouping_ulip._group_clouds(*given, None, None)):
+        with pytest.raises(ValueError, match="Expected finite points, got NaN or infinity"):
+            group(clouds, 12, 8)
+
+
+@pytest.mark.parametrize(
+    "num_points", [[40], torch.tensor([40.0]), torch.tensor([40, 40]), torch.tensor([41]), torch.tensor(40)]
+)
+def test_other_numbers_of_points_are_refused(num_points):
+    with pytest.raises(ValueError, match="Expected num_points as whole numbers up to 40, one for each of 1 clouds"):
+        grouping_ulip.group_points(torch.zeros(1, 40, 3), 12, 8, num_points=num_points)
+
+
 def test_a_cloud_smaller_than_a_group_is_refused(random_model):
     with pytest.raises(ValueError, match="at least 8 points a cloud, the size of a group, got 7"):
         random_model.get_point_cloud_features(torch.randn(1, 7, 3))
