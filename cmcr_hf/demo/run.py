@@ -27,7 +27,7 @@ CONTENTS = {
     "ulip": "solids as clouds and as rendered pictures, made-up sentences",
 }
 NOTES = """
-The closed cascade knows the class names, no other row does. ridge and procrustes are maps fitted on the {bank}. The
+{cascade}ridge and procrustes are maps fitted on the {bank}. The
 bridges and posterior matching train nothing, but need all {bank} at every query; C-MCR needs its two projectors alone.
 The null pairs no concept with itself, so it may fall below chance: a random guess is right at times.
 """
@@ -95,13 +95,15 @@ def _run_demo(
     write_json(folder / "demo.json", {"synthetic": True, "mean": table, "standard_deviation": spread})
     command = "cmcr demo" + ("" if recipe.other == "clap" else " --world shapes")
     page = connection.write_report(table, spread, f"{command} --seeds {seeds} --derangements {derangements}")
-    counts = " and ".join(f"{len(items)} {NOUNS[modality][1]}" for modality, items in connection.media.items())
+    *first, last = (f"{len(items)} {NOUNS[modality][1]}" for modality, items in connection.media.items())
+    counts = f"{', '.join(first)} and {last}"
     report(
         f"\nClass-level retrieval among {counts} of {len(set(concepts))} concepts, none of which any training saw.\n"
         "All data is SYNTHETIC, that of the encoders' own training included.\n"
     )
     report(format_table(table, spread))
-    report(NOTES.format(bank=NOUNS[recipe.overlap][1]))
+    cascade = "The closed cascade knows the class names, no other row does. " if "closed cascade" in table else ""
+    report(NOTES.format(bank=NOUNS[recipe.overlap][1], cascade=cascade))
     report(f"Look at it: {page}")
     report(f'Load it: CMCRModel.from_pretrained("{folder / "model"}")')
     return table, spread

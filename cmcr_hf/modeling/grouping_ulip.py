@@ -107,8 +107,14 @@ def _group_cloud(
 def _sorted_by_coordinates(points: np.ndarray) -> np.ndarray:
     order: np.ndarray = points[:, 0].argsort()
     x = points[order, 0]
-    # Several times faster than sorting by all channels, which equal first coordinates need.
-    return order if (x[1:] != x[:-1]).all() else np.lexsort(points.T[::-1])
+    equal = x[1:] == x[:-1]
+    if equal.sum() > len(x) // 16:
+        return np.lexsort(points.T[::-1])
+    # Where few have an equal first coordinate, sorting these by all channels is several times faster.
+    tied = np.concatenate([equal, [False]]) | np.concatenate([[False], equal])
+    rows = order[tied]
+    order[tied] = rows[np.lexsort(points[rows].T[::-1])]
+    return order
 
 
 def _sampled(coordinates: np.ndarray, number: int, start: int) -> tuple[np.ndarray, float]:
