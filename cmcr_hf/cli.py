@@ -122,6 +122,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(arguments.output, arguments.world, seeds=arguments.seeds, derangements=arguments.derangements)
 
 
+def _add_embedding_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "connect",
@@ -146,10 +153,7 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "for several",
     )
     parser.add_argument("--output", type=Path, help="folder for everything (default: runs/NAME)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
-    )
+    _add_embedding_options(parser)
     parser.set_defaults(run=_connect)
 
 
@@ -159,6 +163,7 @@ def _connect(arguments: argparse.Namespace) -> None:
     from .output import check_output
 
     recipe = load_recipe(arguments.recipe)
+    words = ["cmcr", "connect", _shown(arguments.recipe)]
     for source in arguments.source:
         space, _, model = source.partition("=")
         if space not in recipe.sources or not model:
@@ -167,16 +172,13 @@ def _connect(arguments: argparse.Namespace) -> None:
                 f"example, --source {next(iter(recipe.sources))}=FOLDER."
             )
         recipe.sources[space] = SourceSpec(model)
+        words += ["--source", f"{space}={_shown(model)}"]
     folder = arguments.output = arguments.output or Path("runs") / recipe.name
     # Before the world, which is written into the same folder.
     check_output(folder, recipe)
     data = arguments.data
-    words = ["cmcr", "connect", _shown(arguments.recipe)]
     if data is not None:
         words += ["--data", _shown(data)]
-    for source in arguments.source:
-        space, _, model = source.partition("=")
-        words += ["--source", f"{space}={_shown(model)}"]
     if data is None and recipe.world is not None:
         from .demo.run import write_recipe_world
 
@@ -218,10 +220,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
-    )
-    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    _add_embedding_options(parser)
     parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
 
 
@@ -356,10 +355,7 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--index", type=Path, help="folder of the indexes (default: cmcr_hf/search in $XDG_CACHE_HOME or ~/.cache)"
     )
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
-    )
-    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    _add_embedding_options(parser)
     parser.set_defaults(run=_search)
 
 

@@ -55,7 +55,7 @@ class Connection:
 
     Args:
         sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
-        media: behind the rows of the sets, by modality; the value of one that is no file is None.
+        media: behind the rows of the sets, by modality; the value of what is neither a file nor a text is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
     """
 

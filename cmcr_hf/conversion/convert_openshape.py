@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..durable import write_durably
-from ..modeling.point_cloud_loading_cmcr import DAMAGES, load_point_cloud, read_npy_header
+from ..modeling.point_cloud_loading_cmcr import ARRAY_DAMAGES, load_point_cloud, read_npy_header
 
 # A record takes some hundred kilobytes and a thousand steps.
 MAX_BYTES = 2**28
@@ -75,7 +75,7 @@ def read_record(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"Cannot convert {path}: {error.strerror}. Check the path.") from error
     except ValueError as error:
         raise ValueError(f"Cannot convert {path}: {error!s:.400}") from error
-    except (*DAMAGES, AttributeError) as error:
+    except (*ARRAY_DAMAGES, AttributeError) as error:
         raise ValueError(f"Cannot convert {path}: it is damaged ({error!s:.200}). Copy it again.") from error
     return arrays
 

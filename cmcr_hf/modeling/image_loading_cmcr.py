@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -13,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .loading_cmcr import describe, open_item, to_numpy
+from .loading_cmcr import DAMAGES, describe, open_item, to_numpy
 
 # Above this number, pillow itself warns of decompression bombs; it holds so many in 0.4 GB.
 MAX_PIXELS = 89_478_485
@@ -22,19 +20,7 @@ MAX_BYTES = 2**30
 _LIMIT = f"1 to {MAX_PIXELS} pixels"
 _REMEDY = "Save it smaller, or as a baseline JPEG file, which may be larger."
 # What pillow raises on damaged files, depending on the format and the place.
-_DAMAGES = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+_DAMAGES = (*DAMAGES, AttributeError)
 
 
 def load_image(image: Any) -> Any:

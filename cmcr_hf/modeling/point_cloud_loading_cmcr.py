@@ -6,36 +6,21 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from .loading_cmcr import describe, open_item, to_numpy
+from .loading_cmcr import DAMAGES, describe, open_item, to_numpy
 from .mesh_loading_cmcr import NamedError, Shape, check_number, read_off, read_ply
 
 MAX_BYTES = 2**30  # of a file, and of what an archive unpacks to
 MAX_COLUMNS = 16  # more are another layout, such as a transposed cloud
 MAX_COORDINATE = 1e9
 # What numpy, the standard library and the readers here raise on damaged files, depending on the place.
-DAMAGES = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+ARRAY_DAMAGES = (*DAMAGES, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def load_point_cloud(
@@ -213,7 +198,7 @@ def _read(stream: BinaryIO, name: str) -> Shape:
         return reader(stream, name)
     except NamedError:
         raise
-    except DAMAGES as error:
+    except ARRAY_DAMAGES as error:
         raise ValueError(f"Cannot read {name}: it is damaged ({error!s:.200}). Copy or make it again.") from error
 
 
@@ -221,7 +206,7 @@ def read_npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and type of an .npy file, and leave the stream at its content.
 
     Raises:
-        One of `DAMAGES`: it is damaged, or in a version that is for names of columns alone.
+        One of `ARRAY_DAMAGES`: it is damaged, or in a version that is for names of columns alone.
     """
     formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     return formats[np.lib.format.read_magic(stream)](stream)

@@ -62,7 +62,7 @@ def write_report(
     Args:
         connector: trained, in eval mode.
         sets: what was measured; the page draws the first, whose two sides are retrieved from each other.
-        media: by modality the items behind the rows of the sets; of texts, paths alone are shown.
+        media: by modality the items behind the rows of the sets; texts and files are shown.
         table: metrics by method, as `baseline_metrics` and `connector_metrics` give them, with a row `C-MCR`.
         spread: standard deviations of the rows that are means of several runs.
         data: rows of `name`, `role`, `rows`, `licence`.
