@@ -214,7 +214,9 @@ def width(weights: Mapping[str, torch.Tensor], key: str, axis: int = 0) -> int:
     if key not in weights:
         raise ValueError(f"Missing key {key!r}. Pass the released file as it is.")
     if axis >= weights[key].ndim:
-        raise ValueError(f"Misshapen key {key!r} of shape {list(weights[key].shape)}. Pass the released file as it is.")
+        raise ValueError(
+            f"Misshapen key {key!r} of shape {list(weights[key].shape)}. Pass the released file as it is."
+        )
     return int(weights[key].shape[axis])
 
 
