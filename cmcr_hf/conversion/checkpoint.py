@@ -121,6 +121,7 @@ def _check_archive(path: Path, allowed: Mapping[str, Any]) -> None:
 
 
 def _check_pickle(file: IO[bytes], known: set[str]) -> None:
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST") and argument not in known:
             name = argument.replace(" ", ".")
@@ -169,7 +170,7 @@ def convert_keys(
             raise ValueError(f"The weights {key!r} are not finite. Download the file again.")
         # Of half precision the values stay; the models are saved in float32.
         tensor = tensor.float() if tensor.is_floating_point() else tensor
-        target = match.expand(new)
+        target: str = match.expand(new)
         parts = re.search(r"\{(.+)\}", target)
         if parts is None:
             converted[target] = tensor.contiguous()

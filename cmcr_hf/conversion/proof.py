@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+PLAIN = "a plain reading of the original layout"
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -25,7 +27,11 @@ class Proof:
 
 
 def prove(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], reference: str, *, bound: float = 1e-5
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    reference: str = PLAIN,
+    *,
+    bound: float = 1e-5,
 ) -> Proof:
     """Compare embeddings `(rows, dim)` of the same inputs by name, each scaled to unit length.
 
@@ -40,7 +46,12 @@ def prove(
         # A comparison with NaN is false.
         if not difference <= bound:
             raise ValueError(
-                f"The converted model does not give what {reference} gives: its {name} differ by {difference:.2g}, "
-                f"expected at most {bound:g}. Nothing was written."
+                f"The converted model does not give what {reference} gives: its {name} embeddings differ by "
+                f"{difference:.2g}, expected at most {bound:g}. Nothing was written."
             )
     return Proof(reference, differences, bound)
+
+
+def unit_rows(width: int, rows: int = 64) -> torch.Tensor:
+    """Return the same random unit rows `(rows, width)` at every call."""
+    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)), dim=-1)

@@ -144,7 +144,8 @@ def connector_metrics(connector: CMCRConnector, sets: Sequence[RetrievalSet]) ->
     metrics: Metrics = {}
     for part in sets:
         query, gallery = (
-            connector.project(side.embeds.to(connector.device), side.space) for side in (part.query, part.gallery)
+            connector.project(side.embeds.to(connector.device), side.space, side.modality)
+            for side in (part.query, part.gallery)
         )
         scores = query @ gallery.T
         metrics |= part.metrics(scores, scores.T)

@@ -31,7 +31,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_cmcr.CMCRModel",
     "AutoModelForZeroShotImageClassification": "modeling_cmcr.CMCRModel",
 }
-PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "identity")
+PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "ex-mcr", "identity")
+# Those with a hidden layer.
+DEEP_LAYOUTS = ("linear-bn-relu-linear-bn", "ex-mcr")
 
 
 def source_embedding_dim(config: PreTrainedConfig) -> int | None:
@@ -64,8 +66,10 @@ class CMCRConfig(PreTrainedConfig):
         projectors:
             One entry a space: `{"layout": str, "input_dim": int, "hidden_dim": int}`. Layouts:
             `linear-bn-relu-linear-bn` (the heads of the official `clap_clip.pt`), `linear-bn-relu` (those of
-            `ulip_clip.pt`), `identity` (the space is the shared one). Missing fields are filled in: the first layout,
-            the source's own width, twice `projection_dim`, which is 512-1024-512 at the official sizes.
+            `ulip_clip.pt`), `ex-mcr` (those of Ex-MCR: a linear map of the leaf modality, then two MLPs of the first
+            layout for all modalities), `identity` (the space is the shared one). Missing fields are filled in: the
+            first layout, the source's own width, twice `projection_dim`, which is 512-1024-512 at the official
+            sizes.
         projection_dim:
             Width of the shared space.
         bridges:
@@ -166,7 +170,7 @@ class CMCRConfig(PreTrainedConfig):
                 f"projectors={{{space!r}: {{'input_dim': WIDTH}}}}."
             )
         projector = {"layout": PROJECTOR_LAYOUTS[0], **given, "input_dim": input_dim}
-        if projector["layout"] == PROJECTOR_LAYOUTS[0]:
+        if projector["layout"] in DEEP_LAYOUTS:
             projector.setdefault("hidden_dim", 2 * self.projection_dim)
         return projector
 

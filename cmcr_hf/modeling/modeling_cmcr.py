@@ -2,7 +2,8 @@
 """C-MCR models: frozen contrastive sources, one projector a space, and the losses that train the projectors.
 
 Method: "Connecting Multi-modal Contrastive Representations", arXiv 2305.14381. The authors released inference code
-only; the training here follows the paper. Layouts of the projectors: the official heads (MCR-PEFT/C-MCR, CC BY 4.0).
+only; the training here follows the paper. Layouts of the projectors: the official heads (MCR-PEFT/C-MCR, CC BY 4.0)
+and those of "Extending Multi-modal Contrastive Representations", arXiv 2310.08884 (MCR-PEFT/Ex-MCR).
 """
 
 import copy
@@ -19,7 +20,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_cmcr import LEAF_MODALITIES, PROJECTOR_LAYOUTS, SPACE_MODALITIES, CMCRConfig, source_embedding_dim
+from .configuration_cmcr import (
+    DEEP_LAYOUTS,
+    LEAF_MODALITIES,
+    PROJECTOR_LAYOUTS,
+    SPACE_MODALITIES,
+    CMCRConfig,
+    source_embedding_dim,
+)
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
 from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source
 
@@ -85,22 +93,31 @@ class CMCROutput(ModelOutput):
 
 
 class CMCRProjector(nn.Module):
-    """Map one source space into the shared space: `(rows, input_dim)` to `(rows, projection_dim)`, not normalised."""
+    """Map one source space into the shared space: `(rows, input_dim)` to `(rows, projection_dim)`, not normalised.
+
+    With the layout `ex-mcr`, embeddings of the leaf modality go through a linear map first, which starts as the
+    identity and closes the gap between the leaf and the other modalities of its space.
+    """
 
     def __init__(self, layout: str, input_dim: int, projection_dim: int, hidden_dim: int | None = None):
         super().__init__()
         layers: list[nn.Module] = []
-        if layout == "linear-bn-relu-linear-bn":
+        if layout in DEEP_LAYOUTS:
             hidden_dim = hidden_dim or 2 * projection_dim
-            layers = [nn.Linear(input_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
-            layers += [nn.Linear(hidden_dim, projection_dim), nn.BatchNorm1d(projection_dim)]
+            for width in (input_dim, projection_dim)[: 2 if layout == "ex-mcr" else 1]:
+                layers += [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
+                layers += [nn.Linear(hidden_dim, projection_dim), nn.BatchNorm1d(projection_dim)]
         elif layout == "linear-bn-relu":
             layers = [nn.Linear(input_dim, projection_dim), nn.BatchNorm1d(projection_dim), nn.ReLU()]
         elif layout != "identity":
             raise ValueError(f"Unknown projector layout {layout!r}: expected one of {PROJECTOR_LAYOUTS}.")
+        self.leaf_linear = nn.Linear(input_dim, input_dim) if layout == "ex-mcr" else None
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+    def forward(self, embeds: torch.Tensor, leaf: bool = False) -> torch.Tensor:
+        """Map embeddings; `leaf` says that they are of the leaf modality, which matters to the layout `ex-mcr`."""
+        if leaf and self.leaf_linear is not None:
+            embeds = self.leaf_linear(embeds)
         return self.layers(embeds)
 
 
@@ -122,6 +139,13 @@ class CMCRPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             bound = module.in_features**-0.5
             init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, CMCRProjector):
+            if module.leaf_linear is not None:
+                # As the official heads of Ex-MCR start.
+                init.eye_(module.leaf_linear.weight)
+                init.zeros_(module.leaf_linear.bias)
+                for linear in (layer for layer in module.layers if isinstance(layer, nn.Linear)):
+                    init.xavier_uniform_(linear.weight)
         elif isinstance(module, CMCRConnector):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         else:
@@ -181,14 +205,23 @@ class CMCRConnector(CMCRPreTrainedModel):
         """
         return cls._load_checked(pretrained_model_name_or_path, *args, **kwargs)
 
-    def project(self, embeds: torch.Tensor, space: str) -> torch.Tensor:
+    def project(self, embeds: torch.Tensor, space: str, modality: str | None = None) -> torch.Tensor:
         """Project embeddings of one source: `(rows, input_dim)`, of any norm, to `(rows, projection_dim)` unit rows.
 
         L2 before and after the projector, as the official inference does.
+
+        Args:
+            modality: of the embeddings; a projector of the layout `ex-mcr` needs it, the others do not.
         """
         projector = self.projectors[space]
+        if projector.leaf_linear is not None and modality not in SPACE_MODALITIES[space]:
+            raise ValueError(
+                f"Expected the modality of the embeddings, one of {list(SPACE_MODALITIES[space])}, got {modality!r}: "
+                f"the {space} projector treats the leaf modality in its own way. Pass modality=."
+            )
         dtype = next((parameter.dtype for parameter in projector.parameters()), embeds.dtype)
-        return normalize(projector(normalize(embeds).to(dtype)))
+        # The first of a space's modalities is the one that no other space has.
+        return normalize(projector(normalize(embeds).to(dtype), leaf=modality == SPACE_MODALITIES[space][0]))
 
     def forward(
         self, embeds: dict[str, torch.Tensor], return_loss: bool = True, return_dict: bool | None = None
@@ -202,12 +235,12 @@ class CMCRConnector(CMCRPreTrainedModel):
         """
         projected = {}
         for name, source_embeds in embeds.items():
-            space = name.split("_", 1)[0]
+            space, _, modality = name.partition("_")
             if space not in self.projectors:
                 raise ValueError(
                     f"Expected embeddings named space_modality with a space of {list(self.projectors)}, got {name!r}."
                 )
-            projected[name] = self.project(self._complete(source_embeds), space)
+            projected[name] = self.project(self._complete(source_embeds), space, modality)
         output = CMCRConnectorOutput(embeds=projected)
         if return_loss:
             if self.config.objective != "c-mcr":
@@ -522,7 +555,7 @@ class CMCRModel(CMCRPreTrainedModel):
     def _embed(self, modality: str, space: str | None, inputs: dict) -> BaseModelOutputWithPooling:
         space = self.config.space_of(modality, space)
         outputs = source_features(self._source(space, modality), modality, inputs)
-        outputs.pooler_output = self.connector.project(outputs.pooler_output, space)
+        outputs.pooler_output = self.connector.project(outputs.pooler_output, space, modality)
         return outputs
 
     @can_return_tuple

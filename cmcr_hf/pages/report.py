@@ -72,7 +72,7 @@ def write_report(
     sides = {"query": sets[0].query, "gallery": sets[0].gallery}
     with torch.no_grad():
         projected = {
-            role: connector.project(side.embeds.to(connector.device), side.space).float().cpu()
+            role: connector.project(side.embeds.to(connector.device), side.space, side.modality).float().cpu()
             for role, side in sides.items()
         }
     labels = {role: list(side.labels) for role, side in sides.items()}
