@@ -38,7 +38,7 @@ from .output import (
 from .pages.page import remove_page
 from .pages.report import write_report
 from .training.aggregate import aggregate
-from .training.data import Item, Items
+from .training.data import HUB_DATASETS, Item, Items
 from .training.embed import embed, source_record
 from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
@@ -236,7 +236,7 @@ def connect(
                 counts = [f"{len(media[modality])} {_NOUNS[modality]}" for modality in (leaves[other], *galleries)]
                 done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
-        entries = _entries(recipe, data)
+        entries = _entries(recipe, data, data_root)
         write_cards(folder, _card(recipe, model.config, entries, table, command), report)
         connection = Connection(recipe, folder, model, sets, media, table, entries)
         if table is not None:
@@ -303,20 +303,35 @@ def _command(recipe: Recipe) -> str | None:
     return f"cmcr connect {recipe.name}" if ours else None
 
 
-def _entries(recipe: Recipe, data: dict[str, Items]) -> list[dict[str, Any]]:
+def _entries(recipe: Recipe, data: dict[str, Items], data_root: Path) -> list[dict[str, Any]]:
     """Describe the training data of a recipe for a reader, entry by entry."""
     roles = {recipe.overlap: f"the {_NOUNS[recipe.overlap]} that connect"}
     roles |= {modality: f"{modality.replace('_', ' ')} memory" for modality in recipe.leaves.values()}
     return [
-        _entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit)
+        _entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit, data_root)
         for modality, role in roles.items()
         for spec in getattr(recipe, modality)
     ]
 
 
-def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
+def _entry(spec: DataSpec, role: str, rows: int | None, data_root: Path) -> dict[str, Any]:
     name = _shown(spec.dataset or spec.folder or spec.table or "")
-    return {"name": name, "role": role, "rows": rows, "licence": spec.licence}
+    return {
+        "name": name,
+        "role": role,
+        "rows": rows,
+        "licence": spec.licence,
+        "dataset": _hub_data_set(spec, data_root),
+    }
+
+
+def _hub_data_set(spec: DataSpec, data_root: Path) -> str | None:
+    """Return the id of the data set of the Hub that a data entry reads, None where it reads files of the user."""
+    for address in (spec.data_files, spec.folder):
+        if address and address.startswith(HUB_DATASETS):
+            return "/".join(address.removeprefix(HUB_DATASETS).split("/")[:2])
+    name = spec.dataset or ""
+    return name if name.count("/") == 1 and not (data_root / name).is_dir() else None
 
 
 def _card(

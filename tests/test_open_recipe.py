@@ -10,7 +10,7 @@ import soundfile
 from PIL import Image
 
 from cmcr_hf import CMCRModel
-from cmcr_hf.connect import connect
+from cmcr_hf.connect import _hub_data_set, connect
 from cmcr_hf.training.recipe import SourceSpec, load_recipe
 from cmcr_hf.training.store import EmbeddingStore
 
@@ -78,3 +78,12 @@ def test_captions_and_images_of_the_open_recipe_come_from_different_parts():
     captions = {spec.data_files for spec in recipe.text if spec.dataset == recipe.image[0].dataset}
     assert captions
     assert recipe.image[0].data_files not in captions
+
+
+def test_data_sets_of_the_hub_are_told_from_folders_of_that_name(tmp_path):
+    recipe = load_recipe("clip-clap-open")
+    specs = [*recipe.text, *recipe.image, *recipe.audio]
+    named = {"d0rj/audiocaps", "common-canvas/commoncatalog-cc-by", "Fhrozen/FSD50k"}
+    assert {_hub_data_set(spec, tmp_path) for spec in specs} == named
+    (tmp_path / "d0rj" / "audiocaps").mkdir(parents=True)
+    assert {_hub_data_set(spec, tmp_path) for spec in specs} == {None, *named} - {"d0rj/audiocaps"}

@@ -1,15 +1,28 @@
-"""What goes to the Hub beside the weights: the model card, made from `MODEL_CARD.md`."""
+"""What goes to the Hub beside the weights: cards, made from `MODEL_CARD.md` and `SOURCE_CARD.md`, and results."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import PreTrainedConfig
 
+from ..durable import write_durably
 from ..modeling.configuration_cmcr import CMCRConfig
+
+EVAL_RESULTS = ".eval_results/cmcr_hf.yaml"
+# Role and class of the models that a connection takes as sources, by the `model_type` of their configuration.
+SOURCES = {
+    "clip": ("clip", "CLIPModel"),
+    "siglip": ("clip", "SiglipModel"),
+    "clap": ("clap", "ClapModel"),
+    "ulip": ("ulip", "UlipModel"),
+}
 
 
 def model_card(
@@ -23,6 +36,7 @@ def model_card(
     results: Sequence[Mapping[str, Any]] = (),
     evaluation_command: str | None = None,
     synthetic_note: str | None = None,
+    conversion: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Render the card of a connected model. What is not given is said to be missing, not left out in silence.
 
@@ -30,11 +44,15 @@ def model_card(
         repo_id: name of the model on the Hub, or of its folder.
         licences: licence of each source by space.
         licence: licence of the projectors, one of the Hub's identifiers such as `apache-2.0`.
-        training_data: rows of `name`, `role`, `rows`, `licence`.
+        training_data: rows of `name`, `role`, `rows`, `licence`, and `dataset`, an id on the Hub, where it has one.
         training: settings by name; those that are `None` are left out.
         results: rows with the same keys, the columns of the table.
         evaluation_command: the command that made the results.
         synthetic_note: what of data, sources or results is synthetic.
+        conversion: of projectors that were not trained here, as for [`source_card`].
+
+    Raises:
+        ValueError: the conversion lacks a key, or a difference exceeds its bound.
     """
     sources = []
     for space in config.spaces:
@@ -46,23 +64,142 @@ def model_card(
             {"space": space, "id": name, "revision": record.get("revision"), "licence": licences.get(space)}
         )
     on_the_hub = [str(source["id"]) for source in sources if str(source["id"]).count("/") == 1]
+    # The pipelines of that name take the model, as the Hub's filters by task tell.
+    tasks = ["zero-shot-image-classification"] if "clip" in config.spaces else []
     data = ModelCardData(
         license=licence,
         library_name="transformers",
         pipeline_tag="feature-extraction",
-        tags=["c-mcr", "cmcr_hf", *config.spaces],
+        tags=["c-mcr", "cmcr_hf", *config.spaces, *tasks],
         base_model=on_the_hub or None,
+        datasets=list(dict.fromkeys(row["dataset"] for row in training_data if row.get("dataset"))) or None,
     )
-    with as_file(files("cmcr_hf") / "conversion" / "MODEL_CARD.md") as template:
-        card: ModelCard = ModelCard.from_template(
-            data,
-            template_path=str(template),
-            repo_id=repo_id,
-            sources=sources,
-            training_data=list(training_data),
-            training=dict(training or {}),
-            results=list(results),
-            evaluation_command=evaluation_command,
-            synthetic_note=synthetic_note,
+    return _render(
+        "MODEL_CARD.md",
+        data,
+        repo_id=repo_id,
+        sources=sources,
+        training_data=list(training_data),
+        training=dict(training or {}),
+        results=list(results),
+        evaluation_command=evaluation_command,
+        synthetic_note=synthetic_note,
+        conversion=conversion and _conversion_section(conversion),
+    )
+
+
+def source_card(
+    config: PreTrainedConfig, *, repo_id: str, licence: str | None, conversion: Mapping[str, Any]
+) -> ModelCard:
+    """Render the card of a source, a CLIP, SigLIP, CLAP or ULIP, that was converted from an upstream file.
+
+    Args:
+        repo_id: name of the model on the Hub, or of its folder.
+        licence: of the upstream weights, one of the Hub's identifiers such as `cc0-1.0`.
+        conversion: `kind` and name of the upstream `file`, its `sha256`, the `reference` that the outputs were
+            compared with, such as `"open_clip_torch 3.3.0"`, their largest `differences` `{output: float}`, and the
+            `bound` that these keep.
+
+    Raises:
+        ValueError: the conversion lacks a key, a difference exceeds its bound, or the configuration is of another
+            model.
+    """
+    if config.model_type not in SOURCES:
+        raise ValueError(
+            f"Expected the configuration of one of {list(SOURCES)}, got {config.model_type!r}. Write its card by hand."
         )
+    role, model_class = SOURCES[config.model_type]
+    data = ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification" if role == "clip" else "feature-extraction",
+        tags=["cmcr_hf", role],
+    )
+    towers = {"image": "vision_config", "text": "text_config"} if role == "ulip" else {}
+    return _render(
+        "SOURCE_CARD.md",
+        data,
+        repo_id=repo_id,
+        role=role,
+        model_class=model_class,
+        siglip=config.model_type == "siglip",
+        towers=[modality for modality, name in towers.items() if getattr(config, name) is not None],
+        licence=licence,
+        conversion=_conversion_section(conversion),
+    )
+
+
+def write_eval_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> Path:
+    """Write results on data sets of the Hub beside the card, in the form that the Hub reads, and return the file.
+
+    The Hub shows them on the page of the model and, where the data set's own `eval.yaml` has the task, on its
+    leaderboard. Results on other data belong into the table of the card.
+
+    Args:
+        folder: of the model.
+        results: rows of `dataset`, its id on the Hub, `task`, the id of a task of that data set, `metric` and
+            `value`; also `revision` of the data set and `date` (ISO 8601), where they are known.
+
+    Raises:
+        ValueError: a row has no value that is a finite number, or names no data set of the Hub.
+    """
+    entries = []
+    for row in results:
+        if str(row["dataset"]).count("/") != 1 or Path(row["dataset"]).exists():
+            raise ValueError(
+                f"Expected a data set of the Hub as OWNER/NAME, got {row['dataset']!r}. Leave its results in the card."
+            )
+        if not math.isfinite(row["value"]):
+            raise ValueError(f"The {row['metric']} on {row['dataset']} is {row['value']}, expected a finite number.")
+        entries.append(
+            EvalResultEntry(
+                dataset_id=row["dataset"],
+                task_id=row["task"],
+                value=row["value"],
+                dataset_revision=row.get("revision"),
+                date=row.get("date"),
+                notes=row["metric"],
+            )
+        )
+    path = folder / EVAL_RESULTS
+    path.parent.mkdir(exist_ok=True)
+    write_durably(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode())
+    return path
+
+
+def _render(template: str, data: ModelCardData, **variables: Any) -> ModelCard:
+    with as_file(files("cmcr_hf") / "conversion" / template) as path:
+        card: ModelCard = ModelCard.from_template(data, template_path=str(path), **variables)
     return card
+
+
+def _conversion_section(conversion: Mapping[str, Any]) -> str:
+    """Return what both cards say of a conversion: of what file, and how near its outputs are to the reference's."""
+    keys = {"kind", "file", "sha256", "reference", "differences", "bound"}
+    if set(conversion) != keys or not conversion["differences"]:
+        raise ValueError(f"Expected a conversion with the keys {sorted(keys)}, got {sorted(conversion)}.")
+    differences, bound = conversion["differences"], conversion["bound"]
+    for name, difference in differences.items():
+        # A comparison with NaN is false.
+        if not difference <= bound:
+            raise ValueError(
+                f"The {name} of the converted {conversion['file']} differ from the reference by {difference:.3g}, "
+                f"expected at most {bound:.3g}. Correct the conversion."
+            )
+    table = [f"| {name} | {difference:.3g} |" for name, difference in differences.items()]
+    return "\n".join(
+        [
+            "| upstream | |",
+            "|---|---|",
+            f"| kind | {conversion['kind']} |",
+            f"| file | `{conversion['file']}` |",
+            f"| sha256 | `{conversion['sha256']}` |",
+            f"| reference | {conversion['reference']} |",
+            "",
+            f"The same inputs through the reference and through this model differ by at most {bound:.3g}:",
+            "",
+            "| output | largest difference |",
+            "|---|---|",
+            *table,
+        ]
+    )

@@ -2,10 +2,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from transformers import ClapConfig, CLIPConfig, PreTrainedConfig, SiglipConfig, ViTConfig
 
-from cmcr_hf import CMCRConfig
-from cmcr_hf.conversion.hub import model_card
+from cmcr_hf import CMCRConfig, UlipConfig
+from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
 
 TEMPLATE = Path(__file__).parents[2] / "cmcr_hf" / "conversion" / "MODEL_CARD.md"
 
@@ -26,6 +28,29 @@ OPTIONAL: dict[str, Any] = {
     "evaluation_command": "cmcr evaluate toy",
     "synthetic_note": "every picture and sound is drawn by a program.",
 }
+
+# Figures made up for the layout.
+CONVERSION: dict[str, Any] = {
+    "kind": "official heads",
+    "file": "clap_clip.pt",
+    "sha256": "0123abcd" * 8,
+    "reference": "a plain reading of the original layout",
+    "differences": {"audio embeddings": 4.125e-07, "text embeddings": 0.0},
+    "bound": 1e-06,
+}
+CONVERSION_SECTION = """| upstream | |
+|---|---|
+| kind | official heads |
+| file | `clap_clip.pt` |
+| sha256 | `0123abcd0123abcd0123abcd0123abcd0123abcd0123abcd0123abcd0123abcd` |
+| reference | a plain reading of the original layout |
+
+The same inputs through the reference and through this model differ by at most 1e-06:
+
+| output | largest difference |
+|---|---|
+| audio embeddings | 4.13e-07 |
+| text embeddings | 0 |"""
 
 
 def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
@@ -96,15 +121,94 @@ def test_missing_parts_are_named_as_missing() -> None:
 
 
 def test_converted_projectors_are_not_called_trained() -> None:
-    card = render([CLIP, CLAP], converted_from="`clap_clip.pt`")
+    card = model_card(CMCRConfig(), repo_id="toy/cmcr", licences={}, conversion=CONVERSION)
     assert section(card, "How it was connected") == (
-        "The projectors were converted from `clap_clip.pt`, not trained by this project."
+        "The projectors were converted from an upstream file (see Conversion), not trained by this project."
     )
     assert section(card, "Training data") == "That of the upstream release; nothing was trained here."
+    assert section(card, "Conversion") == CONVERSION_SECTION
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, OPTIONAL, {"converted_from": "`ulip_clip.pt`"}], ids=["bare", "full", "converted"]
+    ("change", "message"),
+    [
+        ({"differences": {"text embeddings": 2e-6}}, r"text embeddings .* differ .* by 2e-06, expected at most 1e-06"),
+        ({"differences": {"text embeddings": float("nan")}}, "differ from the reference by nan"),
+        ({"differences": {}}, "Expected a conversion with the keys"),
+        ({"sha": "0"}, "Expected a conversion with the keys"),
+    ],
+    ids=["beyond the bound", "nan", "nothing compared", "another key"],
+)
+def test_a_conversion_that_is_not_proven_gets_no_card(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        source_card(ClapConfig(), repo_id="toy/clap", licence="cc0-1.0", conversion=CONVERSION | change)
+
+
+def test_the_metadata_names_tasks_and_data_sets_that_the_hub_knows() -> None:
+    rows = [{"name": "a", "dataset": "toy/texts"}, {"name": "folder"}, {"name": "b", "dataset": "toy/texts"}]
+    data = model_card(CMCRConfig(), repo_id="toy/cmcr", licences={}, training_data=rows).data
+    assert (data.library_name, data.pipeline_tag, data.datasets) == (
+        "transformers",
+        "feature-extraction",
+        ["toy/texts"],
+    )
+    assert data.tags == ["c-mcr", "cmcr_hf", "clip", "clap", "zero-shot-image-classification"]
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class", "arxiv", "pipeline"),
+    [
+        (CLIPConfig(), "CLIPModel", "2103.00020", "zero-shot-image-classification"),
+        (SiglipConfig(), "SiglipModel", "2303.15343", "zero-shot-image-classification"),
+        (ClapConfig(), "ClapModel", "2211.06687", "feature-extraction"),
+        (UlipConfig(), "UlipModel", "2305.08275", "feature-extraction"),
+        (UlipConfig(vision_config={}, text_config={}), "UlipModel", "2305.08275", "feature-extraction"),
+    ],
+    ids=["clip", "siglip", "clap", "ulip", "ulip with towers"],
+)
+def test_the_card_of_a_converted_source_names_file_class_and_paper(
+    config: PreTrainedConfig, model_class: str, arxiv: str, pipeline: str
+) -> None:
+    card = source_card(config, repo_id="toy/source", licence="cc0-1.0", conversion=CONVERSION)
+    assert section(card, "Conversion") == CONVERSION_SECTION
+    assert f"arXiv:{arxiv}" in section(card, "Citation")
+    assert "| weights | cc0-1.0 |" in section(card, "Licence of every part")
+    assert (card.data.license, card.data.pipeline_tag) == ("cc0-1.0", pipeline)
+    code = section(card, "Usage").split("```python\n")[1].split("```")[0]
+    compile(code, "usage", "exec")
+    assert f'{model_class}.from_pretrained("toy/source")' in code
+    for leftover in ("None", "Undefined", "{{", "{%", "{#", "\n\n\n", " \n"):
+        assert leftover not in card.content
+
+
+def test_a_model_that_is_no_source_gets_no_card() -> None:
+    with pytest.raises(ValueError, match=r"one of .*'clap'.*, got 'vit'"):
+        source_card(ViTConfig(), repo_id="toy/vit", licence=None, conversion=CONVERSION)
+
+
+def test_results_on_a_data_set_of_the_hub_are_read_back_by_its_client(tmp_path: Path) -> None:
+    row = {"dataset": "toy/pairs", "task": "retrieval", "metric": "mAP", "value": 0.25, "revision": "0a1b"}
+    path = write_eval_results(tmp_path, [row, {**row, "metric": "R@1", "value": 0.5, "date": "2026-01-31"}])
+    assert path == tmp_path / EVAL_RESULTS
+    first, second = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (first.dataset_id, first.task_id, first.value, first.notes) == ("toy/pairs", "retrieval", 0.25, "mAP")
+    assert (first.dataset_revision, first.date) == ("0a1b", None)
+    assert (second.value, second.notes, second.date) == (0.5, "R@1", "2026-01-31")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"dataset": "my-sounds"}, "OWNER/NAME, got 'my-sounds'"), ({"value": float("nan")}, "mAP on toy/pairs is nan")],
+)
+def test_results_that_the_hub_cannot_place_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_eval_results(
+            tmp_path, [{"dataset": "toy/pairs", "task": "retrieval", "metric": "mAP", "value": 0.25} | change]
+        )
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, OPTIONAL, {"conversion": CONVERSION_SECTION}], ids=["bare", "full", "converted"]
 )
 def test_rendered_card_holds_no_template_leftovers(variables: dict[str, Any]) -> None:
     text = render([CLIP, CLAP, ULIP], **variables).content
