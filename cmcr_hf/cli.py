@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     _add_connect(commands)
     _add_evaluate(commands)
     _add_search(commands)
+    _add_convert(commands)
+    _add_verify_official(commands)
     arguments = parser.parse_args(argv)
     if arguments.run is not _search:
         _start_transformers()
@@ -413,6 +415,63 @@ def _search(arguments: argparse.Namespace) -> None:
         write_search_page(arguments.html, index, answers)
     if failed and not sys.stdin.isatty():
         raise ValueError(f"{failed} of {failed + len(answers)} queries were not answered, for the reasons above.")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .conversion.options import add_kinds
+
+    parser = commands.add_parser(
+        "convert",
+        help="turn an official checkpoint into a model that from_pretrained loads",
+        description="Turn a released file of this family into a folder that from_pretrained loads. The outputs of the "
+        "two are compared before anything is written, and the largest difference and the file's sha256 go into the "
+        "model card. Weights alone are read of a file: a pickle that names anything else is refused.",
+        epilog="Example: cmcr convert cmcr --checkpoint ulip_clip.pt --output models/cmcr-clip-ulip",
+    )
+    add_kinds(parser)
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .conversion.command import convert
+
+    convert(arguments, print)
+
+
+def _add_verify_official(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify-official",
+        help="rerun the demo of the official C-MCR and Ex-MCR with converted weights",
+        description="Embed the three examples of the official repositories and print softmax(10 * cosine) between "
+        "their modalities beside what their READMEs print. Ends with an error where an entry is off by more than "
+        "0.001. The official code samples point clouds from a random start, so that an entry of theirs counts as "
+        "right that any of 16 starts gives.",
+        epilog="Convert the weights first: cmcr convert laion-clap, cmcr convert ulip, then cmcr convert cmcr with "
+        "--clip openai/clip-vit-base-patch32 and the two as --clap or --ulip. Example: cmcr verify-official "
+        "models/cmcr-clip-clap --inputs C-MCR/assets",
+    )
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="converted full models: folders or Hub ids")
+    parser.add_argument(
+        "--inputs", type=Path, required=True, metavar="DIR", help="the folder `assets` of MCR-PEFT/C-MCR or Ex-MCR"
+    )
+    parser.set_defaults(run=_verify_official)
+
+
+def _verify_official(arguments: argparse.Namespace) -> None:
+    from .conversion.official_demo import BOUND, format_comparisons, verify
+
+    wrong = []
+    for name in arguments.model:
+        model, processor = _load_model(name)
+        comparisons = verify(model, processor, arguments.inputs)
+        print(f"{name}\n\n{format_comparisons(comparisons)}\n")
+        # A comparison with NaN is false.
+        count = sum(int((~(comparison.off <= BOUND)).sum()) for comparison in comparisons)
+        if count:
+            wrong.append(f"{count} of {9 * len(comparisons)} entries of {name}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} are off by more than {BOUND}. See the matrices above.")
+    print(f"No entry is off by more than {BOUND}.")
 
 
 def _typed() -> Iterator[str]:

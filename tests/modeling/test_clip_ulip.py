@@ -325,7 +325,7 @@ def test_the_released_connector_runs_on_the_released_clouds(shared):
     torch.manual_seed(0)
     ulip = UlipModel(UlipConfig()).eval()
     clip = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=TOWER, projection_dim=512)).eval()
-    connector = read_connector(shared / "official/ulip_clip.pt")
+    connector, _ = read_connector(shared / "official/ulip_clip.pt")
     model = CMCRModel.from_sources_pretrained(clip, ulip=ulip, connector=connector)
     clouds = [read_record(shared / "official" / f"{name}.npy") for name in ("toilet", "BBQ", "train")]
     inputs = CMCRProcessor(point_channels=3)(point_clouds=clouds)
