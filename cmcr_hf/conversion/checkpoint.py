@@ -106,13 +106,13 @@ def _check_archive(path: Path, allowed: Mapping[str, Any]) -> None:
         raise ValueError("it is damaged or was cut short. Download it again") from error
     with archive:
         entries = archive.infolist()
-        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its archive is compressed, which torch.save never does. Do not load it")
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise ValueError(
                 "it is a TorchScript archive, which holds code. Use the weights as .safetensors or as a state dict"
             )
+        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its archive is compressed, which torch.save never does. Do not load it")
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"its archive holds {len(pickles)} data.pkl, expected one. Download it again")

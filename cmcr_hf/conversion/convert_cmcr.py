@@ -7,6 +7,7 @@ round: CLIP is Head_B beside CLAP and Head_A beside ULIP.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -112,3 +113,9 @@ def prove_connector(connector: CMCRConnector, checkpoint: Checkpoint) -> Proof:
         found[space] = connector.project(rows, space)
         expected[space] = plain_head(rows, plain, head)
     return prove(found, expected, bound=BOUND)
+
+
+if __name__ == "__main__":
+    from cmcr_hf.cli import main
+
+    sys.exit(main(["convert", "cmcr", *sys.argv[1:]]))

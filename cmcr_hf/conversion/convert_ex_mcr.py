@@ -6,6 +6,7 @@ nothing but its name tells one from the other. CLIP, the base space, goes untouc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,3 +110,9 @@ def prove_connector(connector: CMCRConnector, checkpoints: Mapping[str, Checkpoi
             found[name] = connector.project(rows, space, modality)
             expected[name] = plain_head(rows, plain, leaf=modality == SPACE_MODALITIES[space][0])
     return prove(found, expected, bound=BOUND)
+
+
+if __name__ == "__main__":
+    from cmcr_hf.cli import main
+
+    sys.exit(main(["convert", "ex-mcr", *sys.argv[1:]]))

@@ -7,6 +7,7 @@ Layout: `ULIP_WITH_IMAGE` of salesforce/ULIP (BSD-3-Clause): PointBERT behind `p
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,9 @@ def prove_ulip(model: UlipModel, checkpoint: Checkpoint) -> Proof:
         found["text"] = model.get_text_features(input_ids).pooler_output
         expected["text"] = clip_text(input_ids, weights, text.num_attention_heads, quick_gelu)
     return prove(found, expected)
+
+
+if __name__ == "__main__":
+    from cmcr_hf.cli import main
+
+    sys.exit(main(["convert", "ulip", *sys.argv[1:]]))

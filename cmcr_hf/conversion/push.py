@@ -23,7 +23,6 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
-    parse_eval_result_entries,
 )
 from huggingface_hub.errors import (
     GatedRepoError,

@@ -144,15 +144,15 @@ class CMCRPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             bound = module.in_features**-0.5
             init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, CMCRProjector):
-            if module.leaf_linear is not None:
-                # As the official heads of Ex-MCR start.
-                init.eye_(module.leaf_linear.weight)
-                init.zeros_(module.leaf_linear.bias)
-                for linear in (layer for layer in module.layers if isinstance(layer, nn.Linear)):
-                    init.xavier_uniform_(linear.weight)
         elif isinstance(module, CMCRConnector):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            for projector in module.projectors.values():
+                if projector.leaf_linear is not None:
+                    # As the official heads of Ex-MCR start.
+                    init.eye_(projector.leaf_linear.weight)
+                    init.zeros_(projector.leaf_linear.bias)
+                    for linear in (layer for layer in projector.layers if isinstance(layer, nn.Linear)):
+                        init.xavier_uniform_(linear.weight)
         else:
             super()._init_weights(module)
 
