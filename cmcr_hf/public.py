@@ -1,5 +1,11 @@
 """The public names, which transformers' Auto classes know once this is imported, as `import cmcr_hf` does."""
 
+# Before the import of transformers, which fails where that of torchvision does.
+from .sources.upstream import repair_torchvision
+
+repair_torchvision()
+
+# ruff: noqa: E402
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,

@@ -1,0 +1,368 @@
+"""Read open_clip's CLIP with a ViT as transformers' CLIPModel, with its image processor and tokenizer.
+
+Layout: `CLIP` of mlfoundations/open_clip (src/open_clip/model.py, MIT): a ViT behind `visual.`, and a causal text
+transformer beside it, or behind `text.` as `CustomTextCLIP` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from ..sources.open_clip_processing import clip_tokenizer
+from ..sources.upstream import import_upstream
+from .checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
+
+# Of a transformer behind `visual.` or not, and of what is around the two.
+LAYER_KEYS = {
+    r"attn\.in_proj_(weight|bias)": r"self_attn.{q,k,v}_proj.\2",
+    r"attn\.out_proj\.(weight|bias)": r"self_attn.out_proj.\2",
+    r"ln_1\.(weight|bias)": r"layer_norm1.\2",
+    r"ln_2\.(weight|bias)": r"layer_norm2.\2",
+    r"mlp\.c_fc\.(weight|bias)": r"mlp.fc1.\2",
+    r"mlp\.c_proj\.(weight|bias)": r"mlp.fc2.\2",
+}
+KEYS: dict[str, str | None] = {
+    **{
+        rf"{before}transformer\.resblocks\.(\d+)\.{old}": rf"{after}_model.encoder.layers.\1.{new}"
+        for before, after in ((r"visual\.", "vision"), ("", "text"))
+        for old, new in LAYER_KEYS.items()
+    },
+    r"visual\.class_embedding": r"vision_model.embeddings.class_embedding",
+    r"visual\.positional_embedding": r"vision_model.embeddings.position_embedding.weight",
+    r"visual\.conv1\.weight": r"vision_model.embeddings.patch_embedding.weight",
+    r"visual\.ln_pre\.(weight|bias)": r"vision_model.pre_layrnorm.\1",
+    r"visual\.ln_post\.(weight|bias)": r"vision_model.post_layernorm.\1",
+    r"visual\.proj": r"visual_projection.weight",
+    r"token_embedding\.weight": r"text_model.embeddings.token_embedding.weight",
+    r"positional_embedding": r"text_model.embeddings.position_embedding.weight",
+    r"ln_final\.(weight|bias)": r"text_model.final_layer_norm.\1",
+    r"text_projection": r"text_projection.weight",
+    r"logit_scale": r"logit_scale",
+    r"attn_mask": None,
+}
+UPSTREAM = (
+    "open_clip's CLIP with a plain ViT (a model of another architecture is used as it is, as the source "
+    "'open_clip:NAME/TAG')"
+)
+# What a model_cfg may say beside sizes without being another architecture, and what its weights do not show.
+SIZES = {
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
+DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
+# Heads are 64 wide, but in these ViTs: H-14 (1280), g-14, bigG-14 and e-14.
+WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+ACTIVATIONS = {False: "gelu", True: "quick_gelu"}
+TOKENIZER = "openai/clip-vit-base-patch32"
+VOCABULARY = 49408
+CONFIG_NAME = "open_clip_config.json"
+# A training checkpoint of the largest of the family (2.5 billion weights), its optimizer left out of account.
+MAX_BYTES = 2**35
+MAX_CONFIG_BYTES = 2**20
+
+
+def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of an open_clip CLIP under the names of transformers' `CLIPModel`, in float32.
+
+    Raises:
+        ValueError: a key is none of this architecture, such as LayerScale, a pooling head or a ResNet; names it.
+    """
+    converted = convert_keys(plain_names(state_dict), KEYS, UPSTREAM)
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        if name in converted and converted[name].ndim == 2:
+            # Upstream multiplies from the right: features @ projection.
+            converted[name] = converted[name].T.contiguous()
+    if "logit_scale" in converted and converted["logit_scale"].numel() == 1:
+        converted["logit_scale"] = converted["logit_scale"].reshape(())
+    return converted
+
+
+def plain_names(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return the weights of a `CustomTextCLIP` by the names of `CLIP`, and others as they are."""
+    if not any(key.startswith("text.") for key in weights):
+        return weights
+    plain = {key.removeprefix("text."): tensor for key, tensor in weights.items()}
+    if len(plain) < len(weights):
+        raise ValueError(f"Expected one text tower, got keys with and without 'text.'. Pass {UPSTREAM}.")
+    return plain
+
+
+def clip_config(
+    weights: Mapping[str, torch.Tensor],
+    *,
+    activation: str,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+) -> CLIPConfig:
+    """Return the configuration of the `CLIPModel` that an open_clip CLIP becomes, from the shapes of its weights.
+
+    Texts are pooled at the end-of-text token, which is the largest id: where open_clip pools.
+
+    Args:
+        activation: `gelu` or `quick_gelu`, which no weights show.
+        vision_heads, text_heads: attention heads; those of open_clip's own models of this width where it is `None`.
+
+    Raises:
+        ValueError: a key is missing or misshapen, the image is not a square of patches, the activation is another, or
+            the heads do not divide the width.
+    """
+    if activation not in ACTIVATIONS.values():
+        raise ValueError(f"Expected the activation 'gelu' or 'quick_gelu', got {activation!r}.")
+    weights = plain_names(weights)
+    patches = width(weights, "visual.positional_embedding") - 1
+    grid = math.isqrt(max(patches, 0))
+    if grid < 1 or grid**2 != patches:
+        raise ValueError(
+            f"Expected the positions of a square of patches under 'visual.positional_embedding', got {patches}. Pass "
+            f"{UPSTREAM}."
+        )
+    vision, text = (
+        {
+            "hidden_size": hidden_size,
+            "intermediate_size": width(weights, f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"),
+            "num_hidden_layers": _layers(weights, prefix),
+            "num_attention_heads": _heads(hidden_size, heads, tower),
+            "hidden_act": activation,
+            "layer_norm_eps": 1e-5,
+        }
+        for prefix, tower, heads, hidden_size in (
+            ("visual.", "vision", vision_heads, width(weights, "visual.conv1.weight")),
+            ("", "text", text_heads, width(weights, "token_embedding.weight", 1)),
+        )
+    )
+    patch_size, vocabulary = width(weights, "visual.conv1.weight", 2), width(weights, "token_embedding.weight")
+    projection_dim = width(weights, "text_projection", 1)
+    end = vocabulary - 1
+    return CLIPConfig(
+        vision_config={
+            **vision,
+            "image_size": grid * patch_size,
+            "patch_size": patch_size,
+            "num_channels": width(weights, "visual.conv1.weight", 1),
+            "projection_dim": projection_dim,
+        },
+        text_config={
+            **text,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": width(weights, "positional_embedding"),
+            "projection_dim": projection_dim,
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        },
+        projection_dim=projection_dim,
+    )
+
+
+def _layers(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
+    layers = count(weights, rf"{prefix.replace('.', '[.]')}transformer[.]resblocks[.](\d+)[.]")
+    # A key may claim any number of layers.
+    if layers > len(weights):
+        raise ValueError(f"The checkpoint lacks layers behind {prefix + 'transformer'!r}: expected {layers} of them.")
+    return layers
+
+
+def _heads(hidden_size: int, heads: int | None, tower: str) -> int:
+    by_width = hidden_size // (WIDE_HEADS.get(hidden_size, 64) if tower == "vision" else 64)
+    heads = by_width if heads is None else heads
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(
+            f"Cannot tell the attention heads of a {tower} tower of width {hidden_size}. Put the model's "
+            f"{CONFIG_NAME} beside its weights."
+        )
+    return heads
+
+
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """Read the `open_clip_config.json` beside a file of weights: `model_cfg` and `preprocess_cfg`; `None` if missing.
+
+    Raises:
+        ValueError: the file is damaged, too large or of another form; names it.
+    """
+    path = Path(path).parent / CONFIG_NAME
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
+    try:
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(content)
+        model = config["model_cfg"]
+        parts = (model["vision_cfg"], model["text_cfg"], config.setdefault("preprocess_cfg", {}))
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("its parts are no objects")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"Cannot read {path}: expected the model_cfg and preprocess_cfg of an open_clip model ({error!s:.200}). "
+            "Download it again."
+        ) from error
+    return dict(config)
+
+
+def named_config(name: str, tag: str) -> dict[str, Any]:
+    """Return `model_cfg` and `preprocess_cfg` of a model and its weights by open_clip's names, such as
+    `ViT-B-32/laion2b_s34b_b79k`.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: it knows no such model or weights, or the weights were trained with the other activation.
+    """
+    open_clip = import_upstream("open_clip", "open-clip")
+    model, pretrained = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
+    if model is None or not pretrained:
+        known = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"open_clip {open_clip.__version__} knows no weights {name}/{tag}. Expected "
+            + (f"one of {known} for {name}." if known else "the name of one of its models with weights.")
+        )
+    check_activation(name, tag, model, pretrained)
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    preprocess = {key: pretrained[key] for key in keys if key in pretrained}
+    return {"model_cfg": model, "preprocess_cfg": {"size": model["vision_cfg"].get("image_size", 224), **preprocess}}
+
+
+def read_clip(path: str | Path, *, activation: str | None = None) -> tuple[CLIPModel, Checkpoint]:
+    """Read an open_clip CLIP: weights as a `.pt`, `.bin` or `.safetensors` file, or a checkpoint of its training.
+
+    An `open_clip_config.json` beside the file, as the Hub's open_clip repositories have, tells activation and heads.
+
+    Args:
+        activation: `gelu` or `quick_gelu`, where there is no such file.
+
+    Raises:
+        ValueError: the file cannot be read or is another architecture, or the activation is not known; names the file
+            or the key.
+    """
+    config = read_config(path)
+    return _build(read_checkpoint(path, max_bytes=MAX_BYTES), config and config["model_cfg"], activation)
+
+
+def read_named_clip(name: str, tag: str) -> tuple[CLIPModel, Checkpoint]:
+    """Read the weights that open_clip knows by these names, downloaded to its cache where they are not there.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: as for [`named_config`] and [`read_clip`].
+        OSError: the weights cannot be downloaded.
+    """
+    model = named_config(name, tag)["model_cfg"]
+    open_clip = import_upstream("open_clip", "open-clip")
+    path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+    return _build(read_checkpoint(path, max_bytes=MAX_BYTES), model, None)
+
+
+def _build(
+    checkpoint: Checkpoint, model: Mapping[str, Any] | None, activation: str | None
+) -> tuple[CLIPModel, Checkpoint]:
+    try:
+        converted = convert_state_dict(checkpoint.weights)
+        config = _config(checkpoint.weights, model, activation)
+        # Sizes first: a layer of the file may stand for more than the file has.
+        with torch.device("meta"):
+            expected = sum(parameter.numel() for parameter in CLIPModel(config).parameters())
+        if expected > sum(tensor.numel() for tensor in converted.values()):
+            raise ValueError(f"the file lacks weights of what its shapes stand for. Pass {UPSTREAM}, whole.")
+        with no_init_weights():
+            clip = CLIPModel(config)
+        load_weights(clip, converted, UPSTREAM)
+    except ValueError as error:
+        raise ValueError(f"Cannot convert {checkpoint.path}: {error}") from error
+    return clip.eval(), checkpoint
+
+
+def _config(
+    weights: Mapping[str, torch.Tensor], model: Mapping[str, Any] | None, activation: str | None
+) -> CLIPConfig:
+    """Return the configuration by the model's own, where there is one, and by the shapes of its weights."""
+    if model is None:
+        if activation is None:
+            raise ValueError(
+                f"no weights show the activation. Put the model's {CONFIG_NAME} beside the file, or name the "
+                "activation, gelu or quick_gelu."
+            )
+        tokens = width(plain_names(weights), "token_embedding.weight")
+        if tokens != VOCABULARY:
+            raise ValueError(
+                f"its vocabulary of {tokens} is not CLIP's, which has {VOCABULARY}. Put the model's {CONFIG_NAME} "
+                "beside the file."
+            )
+        return clip_config(weights, activation=activation)
+    _check_architecture(model)
+    known = ACTIVATIONS[bool(model.get("quick_gelu"))]
+    if activation not in (None, known):
+        raise ValueError(f"its configuration has the activation {known!r}, got {activation!r}. Leave it out.")
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    return clip_config(
+        weights,
+        activation=known,
+        vision_heads=vision.get("width", 768) // max(vision.get("head_width", 64), 1),
+        text_heads=text.get("heads", 8),
+    )
+
+
+def _check_architecture(model: Mapping[str, Any]) -> None:
+    """Check that a `model_cfg` says nothing that weights do not show and `CLIPModel` does not do."""
+    unknown = {
+        f"{part}.{key}": value
+        for part, sizes in SIZES.items()
+        for key, value in model[part].items()
+        if key not in sizes and value not in (None, False) and value not in DEFAULTS.get(key, ())
+    }
+    known = {"embed_dim", "quick_gelu", "custom_text", "init_logit_scale", *SIZES}
+    unknown |= {key: value for key, value in model.items() if key not in known and value}
+    if unknown:
+        key, value = next(iter(unknown.items()))
+        raise ValueError(f"Cannot convert a model with {key}={value!r:.80}: expected {UPSTREAM}.")
+
+
+def check_activation(name: str, tag: str, model: Mapping[str, Any], pretrained: Mapping[str, Any]) -> None:
+    """Check that weights were trained with the activation of the model, which open_clip only warns of.
+
+    Raises:
+        ValueError: they were not; names the model to use.
+    """
+    if bool(model.get("quick_gelu")) != bool(pretrained.get("quick_gelu")):
+        other = name.removesuffix("-quickgelu") if model.get("quick_gelu") else f"{name}-quickgelu"
+        raise ValueError(
+            f"The weights {tag!r} of {name} were trained with the activation "
+            f"{ACTIVATIONS[bool(pretrained.get('quick_gelu'))]}, which {name} does not have. Use {other}/{tag}."
+        )
+
+
+def tokenizer(source: str | None = None) -> PreTrainedTokenizerBase:
+    """Return CLIP's tokenizer: from open_clip's vocabulary where it is installed, else from the Hub.
+
+    Args:
+        source: a folder or Hub id to take the tokenizer from instead.
+
+    Raises:
+        ValueError: the vocabulary found is not CLIP's.
+        OSError: there is no such folder or repository.
+    """
+    if source is None:
+        try:
+            open_clip = import_upstream("open_clip", "open-clip")
+        except ImportError:
+            source = TOKENIZER
+        else:
+            return clip_tokenizer(open_clip.SimpleTokenizer())
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    # Offline, transformers makes a tokenizer without a vocabulary instead of an error.
+    if len(found) != VOCABULARY:
+        raise ValueError(
+            f"Expected CLIP's {VOCABULARY} tokens in {source!r}, got {len(found)}. Pass a folder with the tokenizer "
+            f"of {TOKENIZER}, or install open_clip."
+        )
+    return found
