@@ -124,7 +124,7 @@ def _check_pickle(file: IO[bytes], known: set[str]) -> None:
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST") and argument not in known:
-            name = argument.replace(" ", ".")
+            name = str(argument).replace(" ", ".")
             raise ValueError(f"its pickle names {name!r:.200}, which weights do not need. Do not load it")
         # Other ways to name something, of which torch.save makes no use.
         if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
@@ -189,7 +189,8 @@ def convert_keys(
 def load_weights(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], upstream: str) -> None:
     """Load converted weights into a model, all of them and no others.
 
-    What the model computes itself and upstream does not store must be among `converted`, taken from the model.
+    What the model computes itself and upstream does not store must be among `converted`, taken from the model. A
+    model on the meta device gets its memory here, once the shapes are known to be those of the weights.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape; names it.
@@ -207,6 +208,8 @@ def load_weights(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], 
                 f"Misshapen weights, which become {name!r}: expected {list(expected[name].shape)}, got "
                 f"{list(tensor.shape)}. Pass {upstream}, as it was released."
             )
+    if any(tensor.is_meta for tensor in expected.values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(dict(converted))
 
 
@@ -222,5 +225,11 @@ def width(weights: Mapping[str, torch.Tensor], key: str, axis: int = 0) -> int:
 
 
 def count(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """Return how many layers there are: one more than the largest number that the pattern's group matches."""
-    return 1 + max((int(match[1]) for key in weights if (match := re.match(pattern, key))), default=-1)
+    """Return how many layers there are, numbered from 0 by the pattern's group; ValueError if a number is left out."""
+    numbers = {int(match[1]) for key in weights if (match := re.match(pattern, key))}
+    # Else one key could ask for any number of layers.
+    if numbers and max(numbers) != len(numbers) - 1:
+        raise ValueError(
+            f"Of the layers {pattern!r} up to {max(numbers)} there are {len(numbers)}. Download it again."
+        )
+    return len(numbers)
