@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, ClapProcessor, PreTrainedModel
+from transformers import AutoTokenizer, ClapProcessor, CLIPProcessor, PreTrainedModel
 
 from cmcr_hf.conversion import convert_cmcr, convert_ex_mcr, convert_ulip
 from cmcr_hf.conversion.checkpoint import Checkpoint
@@ -182,9 +182,37 @@ def _read_laion_clap(arguments: argparse.Namespace, report: Callable[[str], None
     from cmcr_hf.conversion.convert_laion_clap import feature_extractor, prove_clap, read_clap
 
     model, checkpoint = read_clap(arguments.checkpoint[0])
-    tokenizer = _tokenizer(arguments.tokenizer, model.config.text_config.vocab_size)
+    text: Any = model.config.text_config
+    tokenizer = _tokenizer(arguments.tokenizer, text.vocab_size)
     proof = prove_clap(model, checkpoint)
     return Converted(model, [checkpoint], proof, [ClapProcessor(feature_extractor(model.config), tokenizer)])
+
+
+def _read_open_clip(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:
+    from cmcr_hf.conversion.convert_open_clip import (
+        named_config,
+        read_clip,
+        read_config,
+        read_named_clip,
+        tokenizer,
+    )
+    from cmcr_hf.conversion.prove_open_clip import prove_clip
+    from cmcr_hf.sources.open_clip_processing import image_processor
+
+    (given,) = arguments.checkpoint
+    name, _, tag = given.partition("/")
+    if Path(given).exists() or not tag or Path(given).suffix in (".pt", ".bin", ".safetensors"):
+        model, checkpoint = read_clip(given, activation=arguments.activation)
+        config = read_config(given)
+    elif arguments.activation is not None:
+        raise ValueError(f"The activation of {given!r} is known. Leave out --activation, or name a file.")
+    else:
+        model, checkpoint = read_named_clip(name, tag)
+        config = named_config(name, tag)
+    vision: Any = model.config.vision_config
+    preprocess = {"size": vision.image_size, **((config or {}).get("preprocess_cfg") or {})}
+    parts = CLIPProcessor(image_processor(preprocess), tokenizer(arguments.tokenizer))
+    return Converted(model, [checkpoint], prove_clip(model, checkpoint), [parts])
 
 
 def _read_ulip(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:
@@ -221,5 +249,6 @@ READERS: dict[str, Callable[[argparse.Namespace, Callable[[str], None]], Convert
     "cmcr": _read_cmcr,
     "ex-mcr": _read_ex_mcr,
     "laion-clap": _read_laion_clap,
+    "open-clip": _read_open_clip,
     "ulip": _read_ulip,
 }

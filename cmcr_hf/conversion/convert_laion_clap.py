@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaConfig, RobertaModel
 
-from .checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
-from .plain_laion_clap import PAD, audio_outputs, text_outputs
-from .proof import Proof, prove
+from cmcr_hf.conversion.checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
+from cmcr_hf.conversion.plain_laion_clap import PAD, audio_outputs, text_outputs
+from cmcr_hf.conversion.proof import Proof, prove
 
 UPSTREAM = "a LAION-CLAP checkpoint with HTSAT and RoBERTa"
 BLOCK, ENCODER = r"audio_branch\.layers\.(\d+)\.blocks\.(\d+)\.", r"audio_model.audio_encoder"
@@ -289,3 +289,9 @@ def _upstream(weights: Mapping[str, torch.Tensor], config: ClapConfig) -> tuple[
     # Log-mels go in where upstream makes its own of a waveform.
     clap.audio_branch.spectrogram_extractor = clap.audio_branch.logmel_extractor = torch.nn.Identity()
     return clap.double().eval(), f"laion_clap {version('laion_clap')}"
+
+
+if __name__ == "__main__":
+    from cmcr_hf.cli import main
+
+    sys.exit(main(["convert", "laion-clap", *sys.argv[1:]]))

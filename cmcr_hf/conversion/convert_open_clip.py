@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from ..sources.open_clip_processing import clip_tokenizer
-from ..sources.upstream import import_upstream
-from .checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
+from cmcr_hf.conversion.checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
+from cmcr_hf.sources.open_clip_processing import clip_tokenizer
+from cmcr_hf.sources.upstream import import_upstream
 
 # Of a transformer behind `visual.` or not, and of what is around the two.
 LAYER_KEYS = {
@@ -366,3 +367,9 @@ def tokenizer(source: str | None = None) -> PreTrainedTokenizerBase:
             f"of {TOKENIZER}, or install open_clip."
         )
     return found
+
+
+if __name__ == "__main__":
+    from cmcr_hf.cli import main
+
+    sys.exit(main(["convert", "open-clip", *sys.argv[1:]]))

@@ -26,6 +26,13 @@ CONVERSIONS = {
         "HTSAT-tiny, fused or not, and HTSAT-base become a ClapModel with its processor.",
         "cmcr convert laion-clap --checkpoint 630k-fusion-best.pt --output models/clap",
     ),
+    "open-clip": (
+        "an open_clip CLIP with a plain ViT, as a file or by its name",
+        "It becomes a CLIPModel with its processor. The activation and the preprocessing come from the "
+        "open_clip_config.json beside the file. NAME/TAG needs open_clip itself. Models of other architectures are "
+        "used without conversion, as the source open_clip:NAME/TAG.",
+        "cmcr convert open-clip --checkpoint ViT-B-32/laion2b_s34b_b79k --output models/clip",
+    ),
     "ulip": (
         "a ULIP checkpoint with PointBERT, such as pointbert_ULIP-2.pt",
         "It becomes a UlipModel with the preprocessing of its image and text towers.",
@@ -51,6 +58,8 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help="ex_clap.pt, ex_ulip.pt or both; a file of another name as clap=FILE or ulip=FILE"
             if kind == "ex-mcr"
+            else "a .pt, .bin or .safetensors file, or NAME/TAG of open_clip"
+            if kind == "open-clip"
             else "the released file",
         )
         own.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the model")
@@ -73,6 +82,17 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help="with sources: write the heads alone, with the names and fingerprints of the sources",
         )
+    added["open-clip"].add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or Hub id of its tokenizer (default: that of open_clip where it is installed, else "
+        "openai/clip-vit-base-patch32)",
+    )
+    added["open-clip"].add_argument(
+        "--activation",
+        choices=("gelu", "quick_gelu"),
+        help="of a file without an open_clip_config.json: quick_gelu for OpenAI's weights and those trained like them",
+    )
     for kind, name in (("laion-clap", "FacebookAI/roberta-base"), ("ulip", "openai/clip-vit-base-patch32")):
         added[kind].add_argument(
             "--tokenizer",

@@ -13,7 +13,7 @@ from ..sources.upstream import import_upstream
 from .checkpoint import Checkpoint
 from .convert_open_clip import plain_names
 from .plain import Weights, clip_block, clip_text, layer_norm, quick_gelu
-from .proof import Proof, prove
+from .proof import PLAIN, Proof, prove
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def prove_clip(model: CLIPModel, checkpoint: Checkpoint, *, bound: float = 1e-5)
     try:
         open_clip = import_upstream("open_clip", "open-clip")
     except ImportError:
-        reference = "a plain reading of the file"
+        reference = PLAIN
         expected = plain_embeddings(pixel_values, input_ids, weights, config)
     else:
         reference = f"open_clip_torch {open_clip.__version__}"

@@ -146,6 +146,7 @@ class CMCRPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, CMCRConnector):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            projector: Any
             for projector in module.projectors.values():
                 if projector.leaf_linear is not None:
                     # As the official heads of Ex-MCR start.
