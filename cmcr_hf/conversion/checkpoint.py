@@ -226,10 +226,11 @@ def width(weights: Mapping[str, torch.Tensor], key: str, axis: int = 0) -> int:
 
 def count(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
     """Return how many layers there are, numbered from 0 by the pattern's group; ValueError if a number is left out."""
-    numbers = {int(match[1]) for key in weights if (match := re.match(pattern, key))}
+    numbers = {int(match[1]): key for key in weights if (match := re.match(pattern, key))}
     # Else one key could ask for any number of layers.
     if numbers and max(numbers) != len(numbers) - 1:
         raise ValueError(
-            f"Of the layers {pattern!r} up to {max(numbers)} there are {len(numbers)}. Download it again."
+            f"Of the layers up to that of {numbers[max(numbers)]!r}, {len(numbers)} are there. Pass the released file "
+            "as it is."
         )
     return len(numbers)
