@@ -308,21 +308,18 @@ def _entries(recipe: Recipe, data: dict[str, Items], data_root: Path) -> list[di
     roles = {recipe.overlap: f"the {_NOUNS[recipe.overlap]} that connect"}
     roles |= {modality: f"{modality.replace('_', ' ')} memory" for modality in recipe.leaves.values()}
     return [
-        _entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit, data_root)
+        {
+            **_entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit),
+            "dataset": _hub_data_set(spec, data_root),
+        }
         for modality, role in roles.items()
         for spec in getattr(recipe, modality)
     ]
 
 
-def _entry(spec: DataSpec, role: str, rows: int | None, data_root: Path) -> dict[str, Any]:
+def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
     name = _shown(spec.dataset or spec.folder or spec.table or "")
-    return {
-        "name": name,
-        "role": role,
-        "rows": rows,
-        "licence": spec.licence,
-        "dataset": _hub_data_set(spec, data_root),
-    }
+    return {"name": name, "role": role, "rows": rows, "licence": spec.licence}
 
 
 def _hub_data_set(spec: DataSpec, data_root: Path) -> str | None:

@@ -115,6 +115,11 @@ class CMCRPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["CMCRConnector"]  # noqa: RUF012
 
+    def __init__(self, config: CMCRConfig):
+        super().__init__(config)
+        # What Trainer puts into the metadata of the card that it writes itself.
+        self.model_tags = ["c-mcr", "cmcr_hf"]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
@@ -138,6 +143,58 @@ class CMCRPreTrainedModel(PreTrainedModel):
                 f"{missing[0]!r}. Load a folder written by save_pretrained of this class or of CMCRModel."
             )
         return (model, info) if output_loading_info else model
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        processor: Any = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ):
+        """Push the model with its code, its processor and a card to the Hub in one commit, and return that.
+
+        A card that the repository has is kept, and so is what else is there, but for weights of former pushes. To push
+        a folder with the card of its connection, use the command `cmcr push`.
+
+        Args:
+            processor: the [`CMCRProcessor`] of the model; without it, the repository needs one from elsewhere.
+            private: create the repository private; a public one of that name is refused.
+            revision: branch to push to, made from the main one where it is missing.
+            tags: further tags for the metadata of the card.
+
+        Raises:
+            ImportError: the package is not installed: the code beside the weights makes no cards.
+            ValueError: the repository is public and was to be private, or a source of a connector is a folder.
+            OSError: the Hub cannot be reached or refuses; says why and what to do.
+        """
+        try:
+            # The one place where the code of the model asks for the rest of the package, which makes the cards.
+            from cmcr_hf.conversion.push import push_model
+        except ImportError as error:
+            raise ImportError(
+                "Pushing takes the package cmcr_hf. Install it (pip install cmcr-hf), or call save_pretrained and "
+                "run `hf upload`."
+            ) from error
+        return push_model(
+            self,
+            repo_id,
+            processor=processor,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=tags,
+        )
 
 
 # Every saved folder carries the code of the model, so that it loads where this package is not installed.

@@ -1,0 +1,350 @@
+"""Push a model to the Hub in one commit, the last request of a push: one that breaks leaves the repository as it was.
+
+`HfApi.upload_folder` is not used: with Xet it commits a large folder part by part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    parse_eval_result_entries,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from ..modeling.processing_cmcr import CMCRProcessor
+from .hub import EVAL_RESULTS, model_card
+
+if TYPE_CHECKING:
+    from ..modeling.modeling_cmcr import CMCRPreTrainedModel
+
+CARD = "README.md"
+# What transformers names weights: whole, or in shards with their index.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# Of version control, caches and a run of Trainer, whose files of these names are pickles.
+LEFT_OUT = [".git", ".git/*", ".cache/*", "*__pycache__/*", "checkpoint-*/*", "*.tmp", "training_args.bin"]
+
+
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    message: str | None = None,
+) -> CommitInfo:
+    """Make a repository of the Hub hold a model folder and nothing else, in one commit, and return that.
+
+    The folder is checked first (see [`check_folder`]). A repository that is missing is created, and a branch; files of
+    former pushes that the folder lacks are deleted in the same commit, except results that others added. A card whose
+    heading is the name of a folder names the repository there. Where all is up to date, the latest commit is returned.
+
+    Args:
+        private: create the repository private; a public one of that name is refused. Its owner's default where `None`.
+        revision: branch to push to, made from the main one where it is missing.
+        token: of an account with write access, that of `hf auth login` where it is `None`.
+        message: of the commit.
+
+    Raises:
+        ValueError: the folder is not complete, or the repository is public and was to be private.
+        OSError: the Hub cannot be reached or refuses; says why and what to do.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    target = _open(repo_id, private=private, revision=revision, token=token)
+    content: dict[str, Path | bytes] = dict(_files(folder))
+    content[CARD] = _with_name((folder / CARD).read_text(encoding="utf-8"), target.repo_id).encode()
+    return target.commit(content, message or f"Push {folder.resolve().name}", _is_ours)
+
+
+def push_model(
+    model: CMCRPreTrainedModel,
+    repo_id: str,
+    *,
+    processor: CMCRProcessor | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Push a model with its code, its processor and a card in one commit (see `CMCRModel.push_to_hub`)."""
+    tags = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        _check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
+        target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
+        content: dict[str, Path | bytes] = dict(_files(folder))
+        if CARD not in target.files:
+            card: Any = model_card(model.config, repo_id=target.repo_id, licences={})
+        else:
+            # That of a push of a folder, or written by hand, knows more than the configuration.
+            card = ModelCard(target.read(CARD))
+        missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
+        if missing:
+            card.data.tags = [*(card.data.tags or []), *missing]
+        if missing or CARD not in target.files:
+            content[CARD] = str(card).encode()
+        return target.commit(
+            content, commit_message or "Upload model", lambda name: bool(WEIGHTS.fullmatch(name)), commit_description
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder holds all that loading the model from the Hub takes.
+
+    That is a configuration, whole weights in safetensors files, the preprocessing of its kind, the code that the
+    configuration names, a card, and of a connector alone sources that others can fetch.
+
+    Raises:
+        ValueError: something is missing or damaged; names it.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no folder {str(folder)!r} to push. Pass one that `cmcr connect` or a conversion wrote."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = str(config["model_type"])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds no model: it has no config.json. Pass a folder that save_pretrained wrote, such as "
+            "OUTPUT/connector or OUTPUT/model of `cmcr connect`."
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged, or names no model_type ({error!r}). Save the model anew."
+        ) from error
+    _check_weights(folder)
+    missing = [name for name in _code(config) if not (folder / name).is_file()]
+    if kind == "cmcr":
+        try:
+            CMCRProcessor.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(
+                f"{folder} has no complete processor: {text} Save it there with CMCRProcessor.save_pretrained."
+            ) from error
+    else:
+        # A ULIP has the parts of its towers alone.
+        if (kind != "ulip" or config.get("vision_config")) and not any(
+            (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+        ):
+            missing.append("preprocessor_config.json")
+        if (kind != "ulip" or config.get("text_config")) and not (folder / "tokenizer_config.json").is_file():
+            missing.append("tokenizer_config.json")
+    if missing:
+        raise ValueError(f"{folder} is not complete: it has no {' and no '.join(missing)}. Save the model anew.")
+    _check_sources(config, str(folder))
+    if not (folder / CARD).is_file():
+        raise ValueError(
+            f"{folder} has no model card. Write {folder / CARD} with a licence in its metadata, or let `cmcr connect` "
+            "or the conversion write it."
+        )
+    for path in (folder / CARD, *folder.glob(".eval_results/*.yaml")):
+        try:
+            text = path.read_text(encoding="utf-8")
+            ModelCard(text) if path.name == CARD else parse_eval_result_entries(yaml.safe_load(text))
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            raise ValueError(f"The metadata of {path} cannot be read: {error}. Correct it.") from error
+
+
+def _check_weights(folder: Path) -> None:
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            # Compares what the header says with the size of the file.
+            with safe_open(folder / name, framework="np"):
+                pass
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no weights: {name} is missing. Save the model anew.") from error
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"The weights in {folder} are damaged: {error!r}. Save the model anew.") from error
+
+
+def _code(config: Mapping[str, Any]) -> list[str]:
+    """Return the files of code that a configuration names, of its own repository."""
+    named = [name for name in (config.get("auto_map") or {}).values() if isinstance(name, str) and "--" not in name]
+    return sorted({f"{name.split('.')[0]}.py" for name in named})
+
+
+def _check_sources(config: Mapping[str, Any], name: str) -> None:
+    """Check that others can fetch the sources that a connector alone records."""
+    if config.get("architectures") != ["CMCRConnector"]:
+        return
+    for space, record in (config.get("sources") or {}).items():
+        try:
+            validate_repo_id(record["id"])
+            local = Path(record["id"]).is_dir()
+        except HFValidationError:
+            local = True
+        if local:
+            raise ValueError(
+                f"The connector {name} finds its {space} source in the folder {record['id']!r}, which nobody else has."
+                " Push the full model, or connect it with a source from the Hub."
+            )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=LEFT_OUT)}
+
+
+def _with_name(card: str, repo_id: str) -> str:
+    """Return a card that was made for a folder, by the name in its heading, for a repository."""
+    heading = re.search(r"^# ([\w.-]+)$", card, re.MULTILINE)
+    if heading is None:
+        return card
+    return card.replace(f"\n# {heading[1]}\n", f"\n# {repo_id}\n").replace(f'"{heading[1]}"', f'"{repo_id}"')
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a push of a folder may delete a file: not what the Hub needs, nor results that others added."""
+    return name != ".gitattributes" and (name == EVAL_RESULTS or not fnmatch(name, ".eval_results/*"))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A branch of a repository, as it was when the push began."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    head: str
+    files: list[str]
+    create_pr: bool
+
+    def read(self, name: str) -> str:
+        with _explained(self.repo_id), tempfile.TemporaryDirectory() as folder:
+            path = self.api.hf_hub_download(self.repo_id, name, revision=self.head, local_dir=folder)
+            return Path(path).read_text(encoding="utf-8")
+
+    def commit(
+        self,
+        content: Mapping[str, Path | bytes],
+        message: str,
+        is_stale: Callable[[str], bool],
+        description: str | None = None,
+    ) -> CommitInfo:
+        """Commit files, and delete those of the others that are stale."""
+        stale = [name for name in self.files if name not in content and is_stale(name)]
+        with _explained(self.repo_id):
+            return self.api.create_commit(
+                self.repo_id,
+                [
+                    *(CommitOperationDelete(path_in_repo=name) for name in stale),
+                    *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=part) for name, part in content.items()),
+                ],
+                commit_message=message,
+                commit_description=description,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                # What was pushed by others in the meantime is not deleted unseen.
+                parent_commit=self.head,
+            )
+
+
+def _open(
+    repo_id: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    token: bool | str | None,
+    create_pr: bool = False,
+) -> _Target:
+    """Create a repository and a branch where they are missing, and look at what they hold."""
+    api = HfApi(token=token)
+    with _explained(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+        if private and not info.private:
+            raise ValueError(
+                f"{repo_id} exists and is public, so nothing was pushed to it. Make it private in its settings, or "
+                "push to another name."
+            )
+        files = api.list_repo_files(repo_id, revision=info.sha)
+    return _Target(api, repo_id, revision, str(info.sha), files, create_pr)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises of the Hub and of the connection into one sentence that says what to do."""
+    try:
+        yield
+    except (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, RuntimeError) as error:
+        # That of one file is the cause of the client's own error.
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
+        raise OSError(_explanation(cause, repo_id)) from error
+    except json.JSONDecodeError as error:
+        raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.") from error
+
+
+def _explanation(error: BaseException, repo_id: str) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "The Hub is not asked, since HF_HUB_OFFLINE is set. Unset it to push."
+    if isinstance(error, LocalTokenNotFoundError):
+        return "You are not logged in. Run `hf auth login`, or set HF_TOKEN."
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"The connection to {constants.ENDPOINT} broke ({type(error).__name__}: {error}). Run the same again: "
+            "what was uploaded is not sent twice."
+        )
+    status, said = error.response.status_code, error.server_message or "no reason given"
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated, and not for you. Ask for access at {constants.ENDPOINT}/{repo_id}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch. Name one of those on its page."
+    if status == 401:
+        return "The Hub takes you for nobody, or your token for none (401). Run `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return (
+            f"Your token may not write to {repo_id} (403: {said}). Make one that may at {constants.ENDPOINT}/settings/"
+            "tokens and run `hf auth login`, or push to a name of your own."
+        )
+    if status == 404:
+        return f"There is no {repo_id} that your token may see (404). Check the name, or run `hf auth login`."
+    if status in (409, 412):
+        return (
+            f"{repo_id} changed while it was pushed to ({status}). Look at its latest commit, then run the same again."
+        )
+    if status == 429:
+        return "The Hub has had too many requests of yours (429). Wait some minutes, then run the same again."
+    if status >= 500:
+        return f"The Hub is in trouble ({status}). Run the same again later; https://status.huggingface.co tells more."
+    return f"The Hub refuses the push to {repo_id} ({status}): {said}"
