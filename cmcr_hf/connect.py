@@ -319,13 +319,7 @@ def _entries(recipe: Recipe, data: dict[str, Items], data_root: Path) -> list[di
 
 def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
     name = _shown(spec.dataset or spec.folder or spec.table or "")
-    return {
-        "name": name,
-        "role": role,
-        "rows": rows,
-        "licence": spec.licence,
-        "dataset": _hub_data_set(spec, data_root),
-    }
+    return {"name": name, "role": role, "rows": rows, "licence": spec.licence}
 
 
 def _hub_data_set(spec: DataSpec, data_root: Path) -> str | None:

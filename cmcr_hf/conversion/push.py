@@ -23,6 +23,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
+    parse_eval_result_entries,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -172,12 +173,10 @@ def check_folder(folder: Path) -> None:
             f"{folder} has no model card. Write {folder / CARD} with a licence in its metadata, or let `cmcr connect` "
             "or the conversion write it."
         )
-    for path, read in (
-        (folder / CARD, ModelCard),
-        *((path, _results) for path in folder.glob(".eval_results/*.yaml")),
-    ):
+    for path in (folder / CARD, *folder.glob(".eval_results/*.yaml")):
         try:
-            read(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            ModelCard(text) if path.name == CARD else parse_eval_result_entries(yaml.safe_load(text))
         except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(f"The metadata of {path} cannot be read: {error}. Correct it.") from error
 
