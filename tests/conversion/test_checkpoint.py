@@ -200,9 +200,11 @@ def test_weights_are_loaded_whole_or_not_at_all():
 
 
 def test_sizes_and_numbers_of_layers_are_read_from_the_weights():
-    weights = {"x.0.w": torch.zeros(2, 3), "x.10.w": torch.zeros(1), "y": torch.zeros(())}
+    weights = {"x.0.w": torch.zeros(2, 3), "x.1.w": torch.zeros(1), "y": torch.zeros(()), "far.9": torch.zeros(1)}
     assert (width(weights, "x.0.w"), width(weights, "x.0.w", 1)) == (2, 3)
-    assert (count(weights, r"x\.(\d+)\."), count(weights, r"z\.(\d+)\.")) == (11, 0)
+    assert (count(weights, r"x\.(\d+)\."), count(weights, r"z\.(\d+)\.")) == (2, 0)
+    with pytest.raises(ValueError, match=r"layers up to that of 'far\.9', 1 are there"):
+        count(weights, r"far\.(\d+)")
     with pytest.raises(ValueError, match="Missing key 'z'"):
         width(weights, "z")
     with pytest.raises(ValueError, match="Misshapen key 'y'"):

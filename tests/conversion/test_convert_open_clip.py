@@ -199,7 +199,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_a_key_of_a_far_layer_takes_no_memory(tmp_path: Path) -> None:
     weights = tiny_weights()
     weights["transformer.resblocks.99999999.ln_1.weight"] = torch.ones(64)
-    with pytest.raises(ValueError, match="99999999.*, 3 are there"):
+    with pytest.raises(ValueError, match=r"99999999.*, 3 are there"):
         read_clip(put(tmp_path, weights))
 
 
