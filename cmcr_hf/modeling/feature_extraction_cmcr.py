@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import ClapFeatureExtractor
 
 from .audio_loading_cmcr import AudioClip, open_audio
 from .image_loading_cmcr import load_image
+from .log_mel_cmcr import log_mel
 
 MAX_ASPECT = 32
 
@@ -54,15 +56,26 @@ def extract_audio(audio: Any, extractor: Any, rate: float | None = None) -> dict
             stop = clip.samples if fused else min(clip.samples, start + window)
             (waveform,) = clip.read([(start, stop)])
             longer = len(waveform) < clip.samples
-            # A window as long as the waveform makes the extractor neither crop nor pad a long one.
-            mel = _log_mel(waveform, extractor, max(window, len(waveform)))
+            mel = _log_mel(_pad(waveform, window, extractor.padding), extractor)[None].repeat(
+                4 if fused else 1, axis=0
+            )
     return {"input_features": mel.astype(np.float32), "is_longer": np.array([longer])}
 
 
-def _log_mel(waveform: np.ndarray, extractor: Any, length: int) -> np.ndarray:
-    """Return the log-mel `(1 or 4 equal channels, frames, bins)` of a waveform, padded to `length` samples."""
-    features = extractor(waveform, sampling_rate=extractor.sampling_rate, max_length=length, return_tensors="np")
-    return features["input_features"][0]
+def _log_mel(waveform: np.ndarray, extractor: Any) -> np.ndarray:
+    mel: np.ndarray = log_mel(torch.from_numpy(np.ascontiguousarray(waveform)), extractor).numpy()
+    return mel
+
+
+def _pad(waveform: np.ndarray, length: int, padding: str) -> np.ndarray:
+    """Bring a shorter waveform to `length` samples: `repeat` cuts the last copy off, others end in zeros."""
+    if len(waveform) >= length:
+        return waveform
+    if padding == "repeat":
+        return np.resize(waveform, length)
+    if padding == "repeatpad":
+        waveform = np.tile(waveform, length // len(waveform))
+    return np.pad(waveform, (0, length - len(waveform)))
 
 
 def _fuse(clip: AudioClip, extractor: Any, total: int, frames: int) -> np.ndarray:
@@ -95,7 +108,7 @@ def _frames(clip: AudioClip, extractor: Any, needed: np.ndarray) -> np.ndarray:
     waveforms = clip.read([(first * hop, stop) for first, stop in zip(firsts, stops, strict=True)])
     # The frames of the margins lack samples, save at the two ends of the clip, where the extractor reflects it.
     mels = [
-        _log_mel(waveform, extractor, len(waveform))[0][run - first]
+        _log_mel(waveform, extractor)[run - first]
         for run, first, waveform in zip(runs, firsts, waveforms, strict=True)
     ]
     return np.concatenate(mels)

@@ -94,7 +94,7 @@ def test_ex_mcr_is_compared_in_six_matrices_and_clouds_with_many_starts(
     tiny_clip, tiny_clap, tiny_ulip, inputs, monkeypatch
 ):
     # The tiny CLIP is 24 wide, which is the shared space; the leaf spaces are brought to that width.
-    config, weights = convert_state_dicts({"clap": ex_heads(24), "ulip": ex_heads(24)})
+    config, _ = convert_state_dicts({"clap": ex_heads(24), "ulip": ex_heads(24)})
     for space, width in (("clap", 16), ("ulip", 12)):
         config.projectors[space]["input_dim"] = width
     monkeypatch.setattr(official_demo, "STARTS", 3)
