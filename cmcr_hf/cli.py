@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_connect(commands)
     _add_evaluate(commands)
     _add_search(commands)
+    _add_push(commands)
     _add_convert(commands)
     _add_verify_official(commands)
     arguments = parser.parse_args(argv)
@@ -481,6 +482,31 @@ def _typed() -> Iterator[str]:
         while True:
             if line := input(prompt).strip():
                 yield line
+
+
+def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="put a model folder on the Hub, in one commit",
+        description="Check that a model folder is complete, card included, and make a repository of the Hub hold it and"
+        " nothing else, in one commit. A repository that is missing is created. Pushing the connector alone takes "
+        "sources that are on the Hub; the full model carries its own. Log in first: hf auth login",
+        epilog="Example: cmcr push runs/mine/connector ORG/cmcr-mine",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to push, such as OUTPUT/connector")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="repository of the Hub, or its NAME in your own namespace")
+    parser.add_argument("--private", action="store_true", help="create the repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    parser.set_defaults(run=_push)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from .conversion.push import push_folder
+
+    commit = push_folder(
+        arguments.folder, arguments.repo_id, private=arguments.private or None, revision=arguments.revision
+    )
+    print(commit.commit_url)
 
 
 def _load_model(name: str) -> tuple[CMCRModel, CMCRProcessor]:

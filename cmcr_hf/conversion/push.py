@@ -178,7 +178,8 @@ def check_folder(folder: Path) -> None:
             text = path.read_text(encoding="utf-8")
             ModelCard(text) if path.name == CARD else parse_eval_result_entries(yaml.safe_load(text))
         except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            raise ValueError(f"The metadata of {path} cannot be read: {error}. Correct it.") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The metadata of {path} cannot be read: {reason}. Correct it.") from error
 
 
 def _check_weights(folder: Path) -> None:
