@@ -20,10 +20,13 @@ from .modeling.configuration_ulip import UlipConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRConnectorOutput, CMCRModel, CMCROutput, CMCRProjector
 from .modeling.modeling_ulip import UlipModel, UlipOutput
 from .modeling.processing_cmcr import CMCRProcessor
+from .sources.open_clip import OpenClipConfig, OpenClipModel
 
 AutoConfig.register("cmcr", CMCRConfig)
+AutoConfig.register("open_clip", OpenClipConfig)
 AutoConfig.register("ulip", UlipConfig)
 AutoModel.register(CMCRConfig, CMCRModel)
+AutoModel.register(OpenClipConfig, OpenClipModel)
 AutoModel.register(UlipConfig, UlipModel)
 AutoModelForZeroShotImageClassification.register(CMCRConfig, CMCRModel)
 AutoProcessor.register(CMCRConfig, CMCRProcessor)

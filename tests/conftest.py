@@ -5,6 +5,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Before transformers, which cannot be imported beside a torchvision that this has yet to repair.
+import cmcr_hf  # noqa: F401
+
+# isort: split
 from pathlib import Path
 
 import pytest

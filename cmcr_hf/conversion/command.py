@@ -189,14 +189,9 @@ def _read_laion_clap(arguments: argparse.Namespace, report: Callable[[str], None
 
 
 def _read_open_clip(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:
-    from cmcr_hf.conversion.convert_open_clip import (
-        named_config,
-        read_clip,
-        read_config,
-        read_named_clip,
-        tokenizer,
-    )
+    from cmcr_hf.conversion.convert_open_clip import read_clip, read_named_clip, tokenizer
     from cmcr_hf.conversion.prove_open_clip import prove_clip
+    from cmcr_hf.sources.open_clip_names import named_config, read_config
     from cmcr_hf.sources.open_clip_processing import image_processor
 
     (given,) = arguments.checkpoint

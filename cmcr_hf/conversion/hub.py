@@ -63,7 +63,9 @@ def model_card(
         sources.append(
             {"space": space, "id": name, "revision": record.get("revision"), "licence": licences.get(space)}
         )
-    on_the_hub = [str(source["id"]) for source in sources if str(source["id"]).count("/") == 1]
+    # Neither a folder nor a model by its name in another package, such as open_clip:NAME/TAG.
+    ids = [str(source["id"]) for source in sources]
+    on_the_hub = [name for name in ids if name.count("/") == 1 and ":" not in name]
     # The pipelines of that name take the model, as the Hub's filters by task tell.
     tasks = ["zero-shot-image-classification"] if "clip" in config.spaces else []
     data = ModelCardData(

@@ -480,7 +480,8 @@ class CMCRModel(CMCRPreTrainedModel):
         """Build a model from pretrained sources, with a trained connector or a fresh one (random, to be trained).
 
         Args:
-            clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded).
+            clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded). Or
+                `open_clip:NAME/TAG`, a model of open_clip by its names, or with a file in place of the tag.
             clap: an audio-text model, likewise.
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             ulip: a [`UlipModel`], likewise a Hub id, folder or loaded model.

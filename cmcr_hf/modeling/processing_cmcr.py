@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from .clap_extraction_cmcr import CMCRFeatureExtractor
 from .configuration_ulip import UlipConfig
 from .feature_extraction_cmcr import extract_audio, extract_image
+from .foreign_sources_cmcr import foreign_source
 from .point_cloud_loading_cmcr import load_point_cloud
 
 # No text has so many but one of blanks, and reading a book through would take a tokenizer seconds.
@@ -173,7 +174,8 @@ class CMCRProcessor(ProcessorMixin):
         """Build the processor from the folders or Hub ids of the sources.
 
         Args:
-            clip: an image-text model's repository: image processor and tokenizer.
+            clip: an image-text model's repository: image processor and tokenizer. Or one of open_clip,
+                `open_clip:NAME/TAG`.
             clap: an audio-text model's repository: feature extractor and tokenizer.
             ulip: a [`UlipModel`]'s repository: image processor and tokenizer for the towers it has.
             revisions: `{space: revision}` of sources on the Hub.
@@ -190,7 +192,9 @@ class CMCRProcessor(ProcessorMixin):
             for revision in ((revisions or {}).get(space) for space in ("clip", "clap", "ulip"))
         )
         parts: dict[str, Any] = {}
-        if clip is not None:
+        if clip is not None and (foreign := foreign_source(clip)) is not None:
+            parts |= foreign.load_parts(clip)
+        elif clip is not None:
             _check_kind(clip, "clip", clip_arguments)
             clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
             tokenizer = _load_tokenizer(clip, **clip_arguments)

@@ -57,7 +57,7 @@ def fingerprint(source: PreTrainedModel, processor: Any, space: str, modality: s
     if modality == "text":
         inputs = processor(text=list(SENTENCES), space=space)
     elif modality == "image":
-        inputs = processor(images=_picture(), space=space)
+        inputs = processor(images=picture(), space=space)
     elif modality == "point_cloud":
         # Without the processor, whose options need not be those of the connector's.
         channels = source.config.point_config.input_channels
@@ -94,7 +94,7 @@ def check_fingerprint(
         )
 
 
-def _picture() -> np.ndarray:
+def picture() -> np.ndarray:
     """Return colour gradients under a checkerboard and a disc, `(240, 320, 3)` uint8."""
     y, x = np.mgrid[0:240, 0:320]
     picture = np.stack([x * 255 // 319, y * 255 // 239, (x + y) * 255 // 558], axis=-1)

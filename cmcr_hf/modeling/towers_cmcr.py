@@ -11,6 +11,7 @@ from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
 from .configuration_ulip import UlipConfig
+from .foreign_sources_cmcr import foreign_source
 from .modeling_ulip import UlipModel
 
 logger = logging.get_logger(__name__)
@@ -44,6 +45,9 @@ def load_source(
 
     Of safetensors files the weights of other towers are not read.
     """
+    foreign = foreign_source(source)
+    if foreign is not None:
+        return foreign.load_model(source, modalities, kwargs), {"id": os.fspath(source), "revision": None}
     revision = resolve_revision(
         source, revision, **{key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     )

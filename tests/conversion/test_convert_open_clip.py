@@ -12,15 +12,14 @@ from transformers import CLIPTokenizer
 from cmcr_hf.conversion import convert_open_clip
 from cmcr_hf.conversion.checkpoint import Checkpoint
 from cmcr_hf.conversion.convert_open_clip import (
-    check_activation,
     clip_config,
     convert_state_dict,
-    named_config,
     read_clip,
-    read_config,
     tokenizer,
 )
 from cmcr_hf.conversion.prove_open_clip import prove_clip
+from cmcr_hf.sources import open_clip_names
+from cmcr_hf.sources.open_clip_names import check_activation, named_config, read_config
 
 Weights = dict[str, torch.Tensor]
 
@@ -302,7 +301,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_configuration_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, tiny_weights())
-    monkeypatch.setattr(convert_open_clip, "MAX_CONFIG_BYTES", 100)
+    monkeypatch.setattr(open_clip_names, "MAX_CONFIG_BYTES", 100)
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         read_config(tmp_path / "weights.pt")
 
