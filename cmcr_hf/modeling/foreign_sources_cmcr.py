@@ -8,16 +8,23 @@ from typing import Any
 def foreign_source(source: str | os.PathLike) -> Any:
     """Return the module that reads a source of another package, `None` for a model of transformers.
 
-    It has `load_model(source, modalities, arguments)`, with the arguments of `from_pretrained`, and
-    `load_parts(source)`, the parts of a processor by their names.
+    Such a source is `open_clip:NAME/TAG`, or a LAION-CLAP checkpoint by its file's name, `FILE.pt`. The module has
+    `load_model(source, modalities, arguments)`, with the arguments of `from_pretrained`, and `load_parts(source)`, the
+    parts of a processor by their names.
     """
-    if not os.fspath(source).startswith("open_clip:"):
-        return None
+    name = os.fspath(source)
     try:
-        from cmcr_hf.sources import open_clip
+        if name.startswith("open_clip:"):
+            from cmcr_hf.sources import open_clip
+
+            return open_clip
+        if name.endswith(".pt"):
+            from cmcr_hf.sources import laion_clap
+
+            return laion_clap
     except ImportError as error:
+        extra = "[open-clip]" if name.startswith("open_clip:") else ""
         raise ImportError(
-            f"The source {os.fspath(source)!r} needs this package and open_clip ({error}). Install them: "
-            'pip install "cmcr-hf[open-clip]".'
+            f'The source {name!r} needs this package ({error}). Install it: pip install "cmcr-hf{extra}".'
         ) from error
-    return open_clip
+    return None

@@ -377,6 +377,9 @@ class CMCRModel(CMCRPreTrainedModel):
             # One object, so that what is set on either (the attention, say) holds for both.
             setattr(config, f"{space}_config", source.config)
         self.connector = CMCRConnector(config)
+        for module in [part for source in (sources or {}).values() for part in source.modules()]:
+            # What `from_pretrained` marks; of a source that was made in another way, `post_init` draws new weights.
+            module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
         # A connector passes over the sources of a full checkpoint; the full model does not.
         inherited = set(CMCRConnector._keys_to_ignore_on_load_unexpected)
@@ -482,7 +485,7 @@ class CMCRModel(CMCRPreTrainedModel):
         Args:
             clip: an image-text model: Hub id, folder, or a loaded model (of which no origin is recorded). Or
                 `open_clip:NAME/TAG`, a model of open_clip by its names, or with a file in place of the tag.
-            clap: an audio-text model, likewise.
+            clap: an audio-text model, likewise; or a LAION-CLAP checkpoint, `FILE.pt`, converted while it is read.
             connector: a [`CMCRConnector`], its folder or Hub id; `None` makes a fresh one.
             ulip: a [`UlipModel`], likewise a Hub id, folder or loaded model.
             config: fields of [`CMCRConfig`] for a fresh connector, e.g. `{"projection_dim": 256}`.

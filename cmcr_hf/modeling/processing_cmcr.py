@@ -142,7 +142,7 @@ class CMCRProcessor(ProcessorMixin):
                     f"{os.fspath(pretrained_model_name_or_path)!r} has no folder {subfolder!r} with the tokenizer of "
                     "that space. Save the processor anew with CMCRProcessor.save_pretrained."
                 )
-        return _load_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return load_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -176,7 +176,7 @@ class CMCRProcessor(ProcessorMixin):
         Args:
             clip: an image-text model's repository: image processor and tokenizer. Or one of open_clip,
                 `open_clip:NAME/TAG`.
-            clap: an audio-text model's repository: feature extractor and tokenizer.
+            clap: an audio-text model's repository: feature extractor and tokenizer. Or a LAION-CLAP file, `FILE.pt`.
             ulip: a [`UlipModel`]'s repository: image processor and tokenizer for the towers it has.
             revisions: `{space: revision}` of sources on the Hub.
             **kwargs: `cache_dir`, `token`, ... for every part.
@@ -197,16 +197,18 @@ class CMCRProcessor(ProcessorMixin):
         elif clip is not None:
             _check_kind(clip, "clip", clip_arguments)
             clip_config = AutoConfig.from_pretrained(clip, **clip_arguments)
-            tokenizer = _load_tokenizer(clip, **clip_arguments)
+            tokenizer = load_tokenizer(clip, **clip_arguments)
             # SigLIP 2's tokenizer names no length: it would pad and cut nothing.
             positions = getattr(clip_config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
             parts["image_processor"] = _load_image_processor(clip, **clip_arguments)
             parts["tokenizer"] = tokenizer
             parts["clip_padding"] = "max_length" if clip_config.model_type.startswith("siglip") else "longest"
-        if clap is not None:
+        if clap is not None and (foreign := foreign_source(clap)) is not None:
+            parts |= foreign.load_parts(clap)
+        elif clap is not None:
             parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(clap, **clap_arguments)
-            parts["clap_tokenizer"] = _load_tokenizer(clap, **clap_arguments)
+            parts["clap_tokenizer"] = load_tokenizer(clap, **clap_arguments)
         if ulip is not None:
             _check_kind(ulip, "ulip", ulip_arguments)
             ulip_config: Any = UlipConfig.from_pretrained(ulip, **ulip_arguments)
@@ -215,7 +217,7 @@ class CMCRProcessor(ProcessorMixin):
             if ulip_config.vision_config is not None:
                 parts["ulip_image_processor"] = _load_image_processor(ulip, **ulip_arguments)
             if ulip_config.text_config is not None:
-                parts["ulip_tokenizer"] = _load_tokenizer(ulip, **ulip_arguments)
+                parts["ulip_tokenizer"] = load_tokenizer(ulip, **ulip_arguments)
         return cls(**parts)
 
     def __call__(
@@ -395,7 +397,8 @@ def _load_image_processor(source: str | os.PathLike, **kwargs: Any) -> Any:
     return AutoImageProcessor.from_pretrained(source, **{**kwargs, "backend": "pil"})
 
 
-def _load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
+def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
+    """Load a tokenizer from a folder or the Hub; ValueError where its vocabulary is missing."""
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Offline, transformers makes a tokenizer without a vocabulary instead of an error.

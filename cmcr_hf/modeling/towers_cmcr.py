@@ -34,7 +34,7 @@ def build_source(config: PreTrainedConfig, modalities: Collection[str]) -> PreTr
     config._attn_implementation = _source_attention(config, config._attn_implementation)
     # The Auto classes do not know ours where the code comes from the Hub.
     source = UlipModel._from_config(config) if config.model_type == "ulip" else AutoModel.from_config(config)
-    _remove_other_towers(source, modalities)
+    remove_other_towers(source, modalities)
     return source
 
 
@@ -62,7 +62,7 @@ def load_source(
 
     def build(self: PreTrainedModel, *args: Any, **arguments: Any) -> None:
         source_class.__init__(self, *args, **arguments)
-        _remove_other_towers(self, modalities)
+        remove_other_towers(self, modalities)
 
     # Under the name of its base, by which transformers finds how to read old checkpoints.
     towers: Any = type(source_class.__name__, (source_class,), {"__init__": build, "__module__": __name__})
@@ -75,7 +75,8 @@ def _source_class(config: PreTrainedConfig) -> Any:
     return UlipModel if config.model_type == "ulip" else MODEL_MAPPING[type(config)]
 
 
-def _remove_other_towers(source: PreTrainedModel, modalities: Collection[str]) -> None:
+def remove_other_towers(source: PreTrainedModel, modalities: Collection[str]) -> None:
+    """Remove the towers of a two-tower model that serve none of `modalities`."""
     for modality, prefixes in TOWER_PREFIXES.items():
         if modality in modalities:
             continue

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     ClapModel,
+    CLIPConfig,
     CLIPModel,
     Siglip2Config,
     Siglip2Model,
@@ -542,3 +543,11 @@ def test_normalising_keeps_the_dtype_and_zero_rows_finite():
     rows = normalize(torch.zeros(1, 4, dtype=torch.bfloat16))
     assert rows.dtype == torch.bfloat16
     assert torch.equal(rows, torch.zeros(1, 4, dtype=torch.bfloat16))
+
+
+def test_a_source_that_is_given_as_a_model_keeps_its_weights(tiny_clip):
+    # Made by hand, where `from_pretrained` marks what it loads.
+    clip = CLIPModel(CLIPConfig.from_pretrained(tiny_clip))
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    model = CMCRModel.from_sources_pretrained(clip, config={"projection_dim": 8})
+    assert all(torch.equal(value, before[name]) for name, value in model.clip.state_dict().items())
