@@ -21,7 +21,7 @@ from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaCon
 
 from cmcr_hf.conversion.checkpoint import Checkpoint, convert_keys, count, load_weights, read_checkpoint, width
 from cmcr_hf.conversion.plain_laion_clap import PAD, audio_outputs, text_outputs
-from cmcr_hf.conversion.proof import Proof, prove
+from cmcr_hf.conversion.proof import PLAIN, Proof, prove
 
 UPSTREAM = "a LAION-CLAP checkpoint with HTSAT and RoBERTa"
 BLOCK, ENCODER = r"audio_branch\.layers\.(\d+)\.blocks\.(\d+)\.", r"audio_model.audio_encoder"
@@ -64,7 +64,6 @@ MAX_BYTES = 2**33  # The released files have some 2 GB, the state of their optim
 # In float64. ClapModel takes the softmax of texts in float32 all the same, which leaves some 1e-7.
 AUDIO_BOUND, TEXT_BOUND = 1e-9, 1e-6
 MODELS = {96: "HTSAT-tiny", 128: "HTSAT-base", 256: "HTSAT-large"}
-PLAIN = "a plain reading of the upstream weights"
 
 
 class _Unused:
@@ -241,9 +240,9 @@ def prove_clap(model: ClapModel, checkpoint: Checkpoint) -> Proof:
             clips = [{key: clip, "longer": longer} for clip, longer in zip(features, is_longer, strict=True)]
             expected_audio = upstream.get_audio_embedding(clips)
             expected_text = upstream.get_text_embedding({"input_ids": ids, "attention_mask": mask})
-    name = "audio embeddings"
+    name = "audio"
     differences = prove({name: audio_embeds}, {name: expected_audio}, reference, bound=AUDIO_BOUND).differences
-    name = "text embeddings"
+    name = "text"
     differences |= prove({name: text_embeds}, {name: expected_text}, reference, bound=TEXT_BOUND).differences
     return Proof(reference, differences, TEXT_BOUND)
 

@@ -6,13 +6,13 @@ feature_fusion.py and model.py of laion_clap 1.1.7, and shares no code with tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isqrt
 
 import torch
 import torch.nn.functional as F
 
-Weights = Mapping[str, torch.Tensor]
+from cmcr_hf.conversion.plain import Weights, batch_norm, layer_norm, linear
+
 PAD = 1  # RoBERTa's padding token, behind which its positions begin.
 
 
@@ -30,7 +30,7 @@ def audio_outputs(weights: Weights, input_features: torch.Tensor, is_longer: tor
         `(clips, width)` and `projected` `(clips, projection_dim)`, not of unit length.
     """
     audio = _part(weights, "audio_branch.")
-    x = _batch_norm(input_features.double().transpose(1, 3), audio, "bn0").transpose(1, 3)
+    x = batch_norm(input_features.double().transpose(1, 3), audio, "bn0").transpose(1, 3)
     patch = audio["patch_embed.proj.weight"].shape[-1]
     # As many windows as the mask of the first shifted block knows.
     grid = isqrt(len(audio["layers.0.blocks.1.attn_mask"])) * _window(_part(audio, "layers.0.blocks.1.attn."))
@@ -46,7 +46,7 @@ def audio_outputs(weights: Weights, input_features: torch.Tensor, is_longer: tor
             x = _merge(x, layers)
         outputs[f"stage{stage}"] = x
         stage += 1
-    outputs["norm"] = _layer_norm(x, audio, "norm")
+    outputs["norm"] = layer_norm(x, audio, "norm")
     # Upstream groups the tokens by frequency first, which does not change their mean.
     outputs["pooled"] = outputs["norm"].mean(dim=1)
     outputs["projected"] = _project(outputs["pooled"], weights, "audio_projection")
@@ -71,27 +71,27 @@ def text_outputs(
     kept = (input_ids != PAD).long()
     positions = kept.cumsum(dim=1) * kept + PAD
     x = sum(
-        text[f"embeddings.{name}_embeddings.weight"][rows].double()
+        text[f"embeddings.{name}_embeddings.weight"][rows]
         for name, rows in (("word", input_ids), ("position", positions), ("token_type", torch.zeros_like(input_ids)))
     )
-    x = _layer_norm(torch.as_tensor(x), text, "embeddings.LayerNorm")
+    x = layer_norm(torch.as_tensor(x), text, "embeddings.LayerNorm")
     outputs = {"embeddings": x}
     hidden = (attention_mask == 0)[:, None, None, :]
     layer = 0
     while part := _part(text, f"encoder.layer.{layer}."):
         q, k, v = (
-            _linear(x, part, f"attention.self.{name}").unflatten(-1, (heads, -1)).transpose(1, 2)
+            linear(x, part, f"attention.self.{name}").unflatten(-1, (heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         attended = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v
-        dense = _linear(attended.transpose(1, 2).flatten(2), part, "attention.output.dense")
-        x = _layer_norm(x + dense, part, "attention.output.LayerNorm")
-        dense = _linear(F.gelu(_linear(x, part, "intermediate.dense")), part, "output.dense")
-        x = _layer_norm(x + dense, part, "output.LayerNorm")
+        dense = linear(attended.transpose(1, 2).flatten(2), part, "attention.output.dense")
+        x = layer_norm(x + dense, part, "attention.output.LayerNorm")
+        dense = linear(F.gelu(linear(x, part, "intermediate.dense")), part, "output.dense")
+        x = layer_norm(x + dense, part, "output.LayerNorm")
         outputs[f"layer{layer}"] = x
         layer += 1
-    outputs["pooled"] = _linear(x[:, 0], text, "pooler.dense").tanh()
+    outputs["pooled"] = linear(x[:, 0], text, "pooler.dense").tanh()
     outputs["projected"] = _project(outputs["pooled"], weights, "text_projection")
     return outputs
 
@@ -115,7 +115,7 @@ def _patches(audio: Weights, image: torch.Tensor, is_longer: torch.Tensor) -> to
         local = local.unflatten(0, parts.shape[:2]).permute(0, 2, 3, 1, 4).flatten(3)
         local = F.pad(local, (0, x.shape[-1] - local.shape[-1]))
         x[is_longer] = _fuse(x[is_longer], local, _part(audio, "patch_embed.fusion_model."))
-    return _layer_norm(x.flatten(2).transpose(1, 2), audio, "patch_embed.norm")
+    return layer_norm(x.flatten(2).transpose(1, 2), audio, "patch_embed.norm")
 
 
 def _fuse(x: torch.Tensor, local: torch.Tensor, part: Weights) -> torch.Tensor:
@@ -123,8 +123,8 @@ def _fuse(x: torch.Tensor, local: torch.Tensor, part: Weights) -> torch.Tensor:
     both = x + local
     scores = torch.zeros_like(both)
     for name, first, start in (("local_att", 0, both), ("global_att", 1, both.mean(dim=(2, 3), keepdim=True))):
-        hidden = _batch_norm(_conv(start, part, f"{name}.{first}"), part, f"{name}.{first + 1}").relu()
-        scores = scores + _batch_norm(_conv(hidden, part, f"{name}.{first + 3}"), part, f"{name}.{first + 4}")
+        hidden = batch_norm(_conv(start, part, f"{name}.{first}"), part, f"{name}.{first + 1}").relu()
+        scores = scores + batch_norm(_conv(hidden, part, f"{name}.{first + 3}"), part, f"{name}.{first + 4}")
     weight = scores.sigmoid()
     return 2 * x * weight + 2 * local * (1 - weight)
 
@@ -132,12 +132,12 @@ def _fuse(x: torch.Tensor, local: torch.Tensor, part: Weights) -> torch.Tensor:
 def _block(x: torch.Tensor, part: Weights, *, shifted: bool) -> torch.Tensor:
     """Apply a Swin block to `(clips, patches, width)`: attention within windows, every second block's shifted."""
     attention = _part(part, "attn.")
-    table, window = attention["relative_position_bias_table"].double(), _window(attention)
+    table, window = attention["relative_position_bias_table"], _window(attention)
     side, heads = isqrt(x.shape[1]), table.shape[1]
     # An image of one window is neither cut nor shifted.
     shift = window // 2 if shifted and side > window else 0
-    image = _layer_norm(x, part, "norm1").unflatten(1, (side, side)).roll((-shift, -shift), dims=(1, 2))
-    qkv = _linear(_windows(image, window), attention, "qkv").unflatten(-1, (3, heads, -1))
+    image = layer_norm(x, part, "norm1").unflatten(1, (side, side)).roll((-shift, -shift), dims=(1, 2))
+    qkv = linear(_windows(image, window), attention, "qkv").unflatten(-1, (3, heads, -1))
     q, k, v = qkv.movedim(2, 0).transpose(2, 3)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     scores = scores + table[attention["relative_position_index"].long()].movedim(2, 0)
@@ -149,11 +149,11 @@ def _block(x: torch.Tensor, part: Weights, *, shifted: bool) -> torch.Tensor:
         scores = scores.unflatten(0, (len(x), -1))
         scores = (scores - 100.0 * (regions != regions.transpose(1, 2))[:, None]).flatten(0, 1)
     attended = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-    cut = _linear(attended, attention, "proj").unflatten(1, (window, window))
+    cut = linear(attended, attention, "proj").unflatten(1, (window, window))
     cut = cut.unflatten(0, (len(x), side // window, side // window))
     image = cut.transpose(2, 3).flatten(3, 4).flatten(1, 2).roll((shift, shift), dims=(1, 2))
     x = x + image.flatten(1, 2)
-    return x + _linear(F.gelu(_linear(_layer_norm(x, part, "norm2"), part, "mlp.fc1")), part, "mlp.fc2")
+    return x + linear(F.gelu(linear(layer_norm(x, part, "norm2"), part, "mlp.fc1")), part, "mlp.fc2")
 
 
 def _window(attention: Weights) -> int:
@@ -170,32 +170,23 @@ def _merge(x: torch.Tensor, layers: Weights) -> torch.Tensor:
     side = isqrt(x.shape[1])
     image = x.unflatten(1, (side, side))
     corners = [image[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-    merged = _layer_norm(torch.cat(corners, dim=-1).flatten(1, 2), layers, "downsample.norm")
-    return F.linear(merged, layers["downsample.reduction.weight"].double())
+    merged = layer_norm(torch.cat(corners, dim=-1).flatten(1, 2), layers, "downsample.norm")
+    return linear(merged, layers, "downsample.reduction")
 
 
 def _project(x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    return _linear(_linear(x, weights, f"{name}.0").relu(), weights, f"{name}.2")
+    part = _part(weights, f"{name}.")
+    return linear(linear(x, part, "0").relu(), part, "2")
 
 
 def _part(weights: Weights, prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-
-
-def _linear(x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    return F.linear(x, weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double())
+    """Return the weights whose names start with `prefix`, by the rest of their names, in float64."""
+    return {
+        key.removeprefix(prefix): tensor.double() if tensor.is_floating_point() else tensor
+        for key, tensor in weights.items()
+        if key.startswith(prefix)
+    }
 
 
 def _conv(x: torch.Tensor, weights: Weights, name: str, stride: tuple[int, int] = (1, 1)) -> torch.Tensor:
-    return F.conv2d(x, weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double(), stride)
-
-
-def _layer_norm(x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double(), 1e-5)
-
-
-def _batch_norm(x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    mean, var, weight, bias = (
-        weights[f"{name}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias")
-    )
-    return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
+    return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride)
