@@ -60,13 +60,17 @@ class Description:
 
 @dataclass(frozen=True)
 class Shard:
-    """Name the two files of one shard, with their row count and their sha256 in hexadecimal."""
+    """Name the two files of one shard, with their row count and their sha256 in hexadecimal.
+
+    `skipped` counts the items that were passed over between its rows.
+    """
 
     file: str
     keys_file: str
     rows: int
     sha256: str
     keys_sha256: str
+    skipped: int = 0
 
 
 class EmbeddingStore:
@@ -104,6 +108,7 @@ class EmbeddingStore:
         self._shards = list(shards)
         self._pending: list[torch.Tensor] = []
         self._pending_keys: list[str] = []
+        self._pending_skipped = 0
         self._verified: set[str] = set()
 
     @classmethod
@@ -189,8 +194,13 @@ class EmbeddingStore:
 
     @property
     def rows(self) -> int:
-        """Count the rows that are durably written: the row at which a resumed run goes on."""
+        """Count the rows that are durably written."""
         return sum(shard.rows for shard in self._shards)
+
+    @property
+    def position(self) -> int:
+        """Count the items behind the written shards, those that were skipped included: where a resumed run goes on."""
+        return self.rows + sum(shard.skipped for shard in self._shards)
 
     @property
     def digest(self) -> str:
@@ -231,19 +241,26 @@ class EmbeddingStore:
         self._pending_keys.extend(keys)
         self._write_full_shards()
 
+    def skip(self) -> None:
+        """Count an item that has no row, in its place among those appended; the shard that it falls in is shorter."""
+        if self.complete:
+            raise ValueError(f"{self.folder} is complete with {self.rows} rows: use another folder to add more.")
+        self._pending_skipped += 1
+        self._write_full_shards()
+
     def finish(self) -> None:
         """Write the waiting rows as the last, shorter shard and mark the store complete, unless it is already."""
         if self.complete:
             return
         self._write_full_shards()
-        if self._pending_keys:
-            self._write_shard(torch.cat(self._pending), self._pending_keys, complete=True)
+        if not self.rows and not self._pending_keys:
+            raise ValueError(f"{self.folder} holds no rows, expected at least one: append some before finishing.")
+        if self._pending_keys or self._pending_skipped:
+            self._write_shard(self._pending_rows(), self._pending_keys, complete=True)
             self._pending, self._pending_keys = [], []
-        elif self._shards:
+        else:
             with self._writing():
                 self._write_manifest(self._shards, complete=True)
-        else:
-            raise ValueError(f"{self.folder} holds no rows, expected at least one: append some before finishing.")
 
     def tensor(self, device: str | torch.device = "cpu") -> torch.Tensor:
         """Return all written rows, (rows, dim), in the stored dtype.
@@ -293,25 +310,31 @@ class EmbeddingStore:
         self._verified.add(name)
 
     def _write_full_shards(self) -> None:
-        if len(self._pending_keys) < self.shard_rows:
+        if len(self._pending_keys) + self._pending_skipped < self.shard_rows:
             return
-        rows = torch.cat(self._pending)
-        while len(self._pending_keys) >= self.shard_rows:
-            self._write_shard(rows[: self.shard_rows], self._pending_keys[: self.shard_rows], complete=False)
-            rows = rows[self.shard_rows :]
+        rows = self._pending_rows()
+        while len(self._pending_keys) + self._pending_skipped >= self.shard_rows:
+            number = self.shard_rows - self._pending_skipped
+            self._write_shard(rows[:number], self._pending_keys[:number], complete=False)
+            rows = rows[number:]
             self._pending = [rows]
-            self._pending_keys = self._pending_keys[self.shard_rows :]
+            self._pending_keys = self._pending_keys[number:]
         # A view would keep the rows that are written in memory.
         self._pending = [rows.clone()]
+
+    def _pending_rows(self) -> torch.Tensor:
+        return torch.cat([torch.empty(0, self.dim, dtype=DTYPES[self.dtype]), *self._pending])
 
     def _write_shard(self, rows: torch.Tensor, keys: list[str], complete: bool) -> None:
         file, keys_file = _shard_names(len(self._shards))
         contents = safetensors.torch.save({"embeds": rows}), _keys_to_parquet(keys)
-        digests = (hashlib.sha256(data).hexdigest() for data in contents)
+        digest, keys_digest = (hashlib.sha256(data).hexdigest() for data in contents)
         with self._writing():
             for name, data in zip((file, keys_file), contents, strict=True):
                 write_durably(self.folder / name, data)
-            self._write_manifest([*self._shards, Shard(file, keys_file, len(keys), *digests)], complete)
+            shard = Shard(file, keys_file, len(keys), digest, keys_digest, self._pending_skipped)
+            self._write_manifest([*self._shards, shard], complete)
+        self._pending_skipped = 0
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -407,12 +430,11 @@ def _parse_manifest(manifest: dict[str, Any]) -> tuple[Description, list[Shard],
         if (shard.file, shard.keys_file) != _shard_names(index):
             raise ValueError(f"shard {index} names {shard.file!r} and {shard.keys_file!r}")
         may_be_shorter = complete and index == len(shards) - 1
-        if (
-            not _is_count(shard.rows)
-            or shard.rows > description.shard_rows
-            or (shard.rows < description.shard_rows and not may_be_shorter)
-        ):
-            raise ValueError(f"shard {index} has {shard.rows!r} rows")
+        counts = (shard.rows, shard.skipped)
+        whole = all(_is_count(count) or (type(count) is int and count == 0) for count in counts)
+        items = sum(counts) if whole else 0
+        if not 0 < items <= description.shard_rows or (items < description.shard_rows and not may_be_shorter):
+            raise ValueError(f"shard {index} has {shard.rows!r} rows and {shard.skipped!r} skipped items")
     if manifest["rows"] != sum(shard.rows for shard in shards) or (complete and not shards):
         raise ValueError(f"rows is {manifest['rows']!r}, which the shards contradict")
     return description, shards, complete

@@ -1,4 +1,6 @@
+import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
-from cmcr_hf.training.embed import embed, encode, encode_items, source_record
+from cmcr_hf.training.embed import embed, encode_features, encode_items, source_record
 from cmcr_hf.training.recipe import DataSpec
+from cmcr_hf.training.store import EmbeddingStore
 
 TEXTS = [f"the {first} {second}" for first in ("dog", "cat", "bell", "sea") for second in ("barks", "rings", "loud")][
     :11
@@ -52,15 +55,15 @@ def content(folder):
 def fail_at(monkeypatch, call):
     """Raise in place of the `call`th batch, counted from 0."""
     calls = []
-    original = encode
+    original = encode_features
 
-    def failing(*arguments):
-        calls.append(len(arguments[-1]))
+    def failing(source, modality, inputs):
+        calls.append(len(next(iter(inputs.values()))))
         if len(calls) == call + 1:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(source, modality, inputs)
 
-    monkeypatch.setattr(embedding, "encode", failing)
+    monkeypatch.setattr(embedding, "encode_features", failing)
     return calls
 
 
@@ -189,6 +192,89 @@ def test_an_unreadable_cell_of_a_data_set_is_named_by_its_row(clip, processor, t
         item.key, item.value = f"set/train/{row}/image", b"no image" if row == 2 else item.value.read_bytes()
     with pytest.raises(ValueError, match=r"Cannot read the image.* \(item 'set/train/2/image'\)"):
         run(clip, processor, items, tmp_path / "store", batch_size=32)
+
+
+def damaged(folder, count, bad):
+    """Write images of which some are none."""
+    write_images(folder, count)
+    for row in bad:
+        (folder / f"{row}.png").write_bytes(b"no image")
+    return Items([DataSpec(folder=folder.name)], "image", folder.parent)
+
+
+@pytest.mark.parametrize("bad", [[1], [0, 3], [4, 5], [0, 1, 2, 3], [9], [3, 4, 5, 6, 7, 8, 9]])
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_unreadable_items_are_left_out_and_listed(clip, processor, tmp_path, small_shards, bad, batch_size):
+    items = damaged(tmp_path / "images", 10, bad)
+    store = run(clip, processor, items, tmp_path / "store", batch_size=batch_size, strict=False)
+    good = [f"{row}.png" for row in range(10) if row not in bad]
+    assert (store.keys(), store.rows, store.position) == (good, len(good), 10)
+    rejects = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["position"], reject["key"]) for reject in rejects] == [(row, f"{row}.png") for row in bad]
+    assert all("Cannot read image" in reject["reason"] for reject in rejects)
+    # The rest is what it is without the bad ones.
+    for row in bad:
+        (tmp_path / "images" / f"{row}.png").unlink()
+    whole = run(clip, processor, Items([DataSpec(folder="images")], "image", tmp_path), tmp_path / "whole")
+    torch.testing.assert_close(EmbeddingStore.open(store.folder).tensor(), whole.tensor(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_a_run_that_leaves_items_out_goes_on_to_the_same_bytes(
+    clip, processor, tmp_path, small_shards, monkeypatch, batch
+):
+    items = damaged(tmp_path / "images", 10, [1, 2, 6, 8])
+    run(clip, processor, items, tmp_path / "whole", strict=False)
+    with monkeypatch.context() as patch:
+        fail_at(patch, batch)
+        with pytest.raises(KeyboardInterrupt):
+            run(clip, processor, items, tmp_path / "stopped", strict=False)
+    run(clip, processor, items, tmp_path / "stopped", strict=False)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_items_that_are_all_unreadable_are_an_error(clip, processor, tmp_path, small_shards):
+    with pytest.raises(ValueError, match="store holds no rows"):
+        run(clip, processor, damaged(tmp_path / "images", 5, range(5)), tmp_path / "store", strict=False)
+
+
+def test_texts_of_similar_length_are_embedded_together_and_stay_in_order(clip, processor, tmp_path, monkeypatch):
+    texts = ["the dog", "the small red dog barks", "a", "the sea of the loud bell rings", "a cat", "the train"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    shapes = []
+    original = encode_features
+    monkeypatch.setattr(
+        embedding,
+        "encode_features",
+        lambda source, modality, inputs: (
+            shapes.append(inputs["input_ids"].shape) or original(source, modality, inputs)
+        ),
+    )
+    items = Items([DataSpec(table="texts.txt")], "text", tmp_path)
+    store = run(clip, processor, items, tmp_path / "store", batch_size=2)
+    # 18 tokens at most, of texts of 3, 4, 4, 4, 7 and 9.
+    assert [tuple(shape) for shape in shapes] == [(4, 4), (2, 9)]
+    for row, text in enumerate(texts):
+        alone = original(clip, "text", processor(text=text))
+        torch.testing.assert_close(store.tensor()[row], alone[0], atol=1e-6, rtol=0)
+    assert store.keys() == [f"texts.txt/{row}/text" for row in range(6)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_items_stay_in_order_however_many_threads_read_them(clip, processor, tmp_path, monkeypatch, workers):
+    write_images(tmp_path / "images", 9)
+    items = Items([DataSpec(folder="images")], "image", tmp_path)
+    prepare = embedding.prepare
+
+    def slow_at_first(processor, modality, values, space=None):
+        time.sleep(0.05 if values[0].name == "0.png" else 0)
+        return prepare(processor, modality, values, space)
+
+    monkeypatch.setattr(embedding, "prepare", slow_at_first)
+    store = run(clip, processor, items, tmp_path / "store", batch_size=1, workers=workers)
+    monkeypatch.undo()
+    expected = encode_features(clip, "image", processor(images=[item.value for item in items]))
+    torch.testing.assert_close(store.tensor(), expected, atol=1e-6, rtol=0)
 
 
 def test_a_connected_model_encodes_items_as_it_does_in_one_batch(tiny_clip, tiny_clap, processor, tmp_path):
