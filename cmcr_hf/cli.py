@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_embed(commands)
     _add_connect(commands)
     _add_evaluate(commands)
     _add_search(commands)
@@ -132,6 +133,93 @@ def _add_embedding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 
+def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="embed a data set with a source, of any size, into a store",
+        description="Embed texts, images, audio or point clouds with a CLIP, CLAP or ULIP into a folder of unit "
+        "vectors in shards, which `python -m cmcr_hf.training.train` reads. Memory is bounded for any data set; a "
+        "run that was stopped goes on. Items that cannot be read are left out and listed in rejects.jsonl.",
+        epilog="Example: cmcr embed --source openai/clip-vit-base-patch32 --space clip --modality image --data photos "
+        "--output stores/photos",
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        metavar="MODEL",
+        help="the source: a folder, a Hub id, open_clip:NAME/TAG, or a LAION-CLAP FILE.pt",
+    )
+    parser.add_argument("--space", required=True, choices=("clip", "clap", "ulip"), help="its role")
+    parser.add_argument(
+        "--modality", required=True, choices=("text", "image", "audio", "point_cloud"), help="what to embed"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder of files; a table (.csv, .tsv, .jsonl, .parquet, .txt, .json); an address such as "
+        "hf://datasets/OWNER/NAME/FOLDER; or a data set, its Hub id or, with --column, its folder (of WebDataset tars "
+        "too)",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the store")
+    parser.add_argument(
+        "--column", action="append", help="column of a table or data set; give it several times for several"
+    )
+    parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
+    parser.add_argument("--config", help="of a data set")
+    parser.add_argument("--pattern", help="glob below a folder (default: all files of the usual formats)")
+    parser.add_argument("--files", help="folder that a table's file names are relative to (default: the table's)")
+    parser.add_argument("--template", help='text around each text, such as "a photo of a {}"')
+    parser.add_argument("--limit", type=_positive, help="take so many items at most")
+    parser.add_argument("--revision", help="of the source on the Hub")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the model; of another than %(default)s, the cosine with it is reported (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, help="threads that read and prepare (default: all processors but one, 16 at most)"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first item that cannot be read")
+    _add_embedding_options(parser)
+    parser.set_defaults(run=_embed)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .output import check_writable
+    from .training.embed_command import data_entry, embed_data
+
+    check_writable(arguments.output)
+    names = ("column", "split", "config", "pattern", "files", "template", "limit")
+    # The defaults of an entry are those of what it is made of: a folder has no split.
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) not in (None, "train")}
+    device = _device(arguments.device)
+    _tune(device)
+    embed_data(
+        arguments.source,
+        arguments.space,
+        arguments.modality,
+        data_entry(arguments.data, arguments.modality, **given),
+        arguments.output,
+        revision=arguments.revision,
+        dtype=getattr(torch, arguments.dtype),
+        device=device,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        strict=arguments.strict,
+    )
+
+
+def _tune(device: str) -> None:
+    if device == "cpu":
+        from .cpu import tune_cpu
+
+        print(tune_cpu(), flush=True)
+
+
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "connect",
@@ -190,6 +278,7 @@ def _connect(arguments: argparse.Namespace) -> None:
         beside = Path(arguments.recipe)
         data = beside.parent if beside.is_file() else Path()
     device = _device(arguments.device)
+    _tune(device)
     connection = connect(
         recipe,
         folder,

@@ -1,0 +1,117 @@
+"""`cmcr embed`: the embeddings of a data set in a source's own space, as a store that connections are trained on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..modeling.configuration_cmcr import source_embedding_dim
+from ..modeling.processing_cmcr import CMCRProcessor
+from ..modeling.towers_cmcr import load_source
+from .data import Items
+from .embed import REJECTS, embed, encode_features, prepare, source_record
+from .recipe import DataSpec
+from .store import EmbeddingStore
+
+# Items that are embedded a second time, in float32, to tell what another precision costs.
+COMPARED = 32
+
+
+def data_entry(data: str, modality: str, *, column: list[str] | None = None, **options: Any) -> DataSpec:
+    """Return the data entry that a path, an address or a data set's id stands for.
+
+    A folder of files, or with a column a local data set; a file is a table; what is neither is an address or an id.
+
+    Args:
+        options: further fields of [`DataSpec`].
+    """
+    columns = column[0] if column and len(column) == 1 else column
+    path = Path(data)
+    if path.is_file():
+        return DataSpec(table=data, column=columns, **options)
+    if "://" in data or (path.is_dir() and modality != "text" and not columns):
+        return DataSpec(folder=data, **options)
+    return DataSpec(dataset=data, column=columns, **options)
+
+
+def embed_data(
+    source: str,
+    space: str,
+    modality: str,
+    data: DataSpec,
+    folder: Path,
+    *,
+    root: Path = Path(),
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    batch_size: int = 32,
+    workers: int | None = None,
+    strict: bool = False,
+    report: Callable[[str], None] = print,
+) -> EmbeddingStore:
+    """Embed the items of a data entry with a source into a store, and say what came of it (see [`embed`]).
+
+    Args:
+        source: folder, Hub id, `open_clip:NAME/TAG` or a LAION-CLAP `FILE.pt`.
+        space: `clip`, `clap` or `ulip`, the role of the source.
+        root: folder that relative paths of the entry start from.
+        dtype: of the model; for another one than float32, the least cosine with float32 is reported.
+
+    Raises:
+        ValueError: the source has no tower for the modality, or as for [`embed`] and [`Items`].
+    """
+    items = Items([data], modality, root)
+    model, record = load_source(source, revision, [modality], {"dtype": dtype})
+    if not hasattr(model, f"get_{modality}_features"):
+        raise ValueError(
+            f"{source!r} is a {type(model).__name__}, which embeds no {modality}. Name a source and a space that do."
+        )
+    processor = CMCRProcessor.from_sources_pretrained(**{space: source}, revisions={space: revision})
+    dim = source_embedding_dim(model.config)
+    if dim is None:
+        raise ValueError(f"Cannot tell the embedding width of a {type(model).__name__}. Use a CLIP, CLAP or ULIP.")
+    model.to(device)  # type: ignore[arg-type]
+    store = embed(
+        model,
+        processor,
+        items,
+        folder,
+        space=space,
+        record=source_record(str(record["id"]), record["revision"], model),
+        dim=dim,
+        batch_size=batch_size,
+        workers=workers,
+        strict=strict,
+    )
+    skipped = store.position - store.rows
+    listed = f", {skipped} unreadable, listed in {folder / REJECTS}" if skipped else ""
+    report(f"{store.rows} rows of {store.dim} in {folder}{listed}")
+    if dtype != torch.float32:
+        cosine = _least_cosine(store, source, space, revision, items, processor, device)
+        report(f"least cosine with float32, of the first {min(COMPARED, store.rows)} items: {cosine:.6f}")
+    return store
+
+
+@torch.inference_mode()
+def _least_cosine(
+    store: EmbeddingStore,
+    source: str,
+    space: str,
+    revision: str | None,
+    items: Items,
+    processor: CMCRProcessor,
+    device: str,
+) -> float:
+    model, _ = load_source(source, revision, [store.modality], {"dtype": torch.float32})
+    model.to(device).eval()  # type: ignore[arg-type]
+    rows = next(store.shards())[:COMPARED]
+    wanted = set(store.keys()[: len(rows)])
+    kept = list(itertools.islice((item.value for item in items if item.key in wanted), len(rows)))
+    exact = encode_features(model, store.modality, prepare(processor, store.modality, kept, space)).cpu()
+    return F.cosine_similarity(rows, exact, dim=1).min().item()

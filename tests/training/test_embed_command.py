@@ -1,0 +1,99 @@
+"""`cmcr embed`: a store from a folder, a table and a data set, in bounded pieces, with the bad items listed."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from cmcr_hf.cli import main
+from cmcr_hf.training.store import EmbeddingStore
+
+
+def run(*arguments):
+    return main(["embed", *map(str, arguments)])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(5):
+        Image.new("RGB", (20, 30), (40 * row, 0, 90)).save(folder / f"{row}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, tmp_path, capsys):
+    (pictures / "2.png").write_bytes(b"no image")
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options) == 0
+    printed = capsys.readouterr().out
+    assert f"4 rows of 24 in {tmp_path / 'store'}, 1 unreadable, listed in" in printed
+    assert printed.startswith("CPU: 1 threads, matrix products in float32 at precision")
+    assert EmbeddingStore.open(tmp_path / "store").keys() == ["0.png", "1.png", "3.png", "4.png"]
+    (reject,) = map(json.loads, (tmp_path / "store" / "rejects.jsonl").read_text().splitlines())
+    assert (reject["key"], reject["position"]) == ("2.png", 2)
+
+
+def test_strict_stops_at_a_bad_file(pictures, tiny_clip, tmp_path, capsys):
+    (pictures / "2.png").write_bytes(b"no image")
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options, "--strict") == 1
+    assert "2.png" in capsys.readouterr().err
+
+
+def test_a_table_of_texts_becomes_a_store(tiny_clap, tmp_path):
+    (tmp_path / "texts.csv").write_text("id,caption\n1,a dog barks\n2,the sea\n3,a bell rings\n")
+    options = ["--source", tiny_clap, "--space", "clap", "--modality", "text", "--output", tmp_path / "store"]
+    options += ["--column", "caption", "--limit", 2, "--template", "the sound of {}"]
+    assert run("--data", tmp_path / "texts.csv", *options) == 0
+    store = EmbeddingStore.open(tmp_path / "store")
+    assert (store.rows, store.dim, store.space, store.modality) == (2, 16, "clap", "text")
+
+
+def test_webdataset_tars_become_a_store(pictures, tiny_clip, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for row in (2 * shard, 2 * shard + 1):
+                data = (pictures / f"{row}.png").read_bytes()
+                entry = tarfile.TarInfo(f"{row:04d}.png")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--column", "png"]
+    assert run("--data", folder, *options, "--output", tmp_path / "tars") == 0
+    assert run("--data", pictures, *options[:-2], "--output", tmp_path / "files") == 0
+    tars, files = (EmbeddingStore.open(tmp_path / name).tensor() for name in ("tars", "files"))
+    torch.testing.assert_close(tars, files[:4], atol=1e-6, rtol=0)
+
+
+def test_another_precision_is_compared_with_float32(pictures, tiny_clip, tmp_path, capsys):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options, "--dtype", "bfloat16") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("least cosine with float32, of the first 5 items: 0.99")
+
+
+def test_a_source_that_lacks_the_modality_is_named(pictures, tiny_clap, tmp_path, capsys):
+    options = ["--source", tiny_clap, "--space", "clap", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options) == 1
+    assert "is a ClapModel, which embeds no image" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_importing_the_package_changes_no_setting_of_torch():
+    code = "import torch; before = torch.get_float32_matmul_precision(); import cmcr_hf, cmcr_hf.training.embed; "
+    code += "assert torch.get_float32_matmul_precision() == before == 'highest'"
+    subprocess.run([sys.executable, "-c", code], check=True)
