@@ -429,8 +429,8 @@ def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "push",
         help="put a model folder on the Hub, in one commit",
-        description="Check that a model folder is complete, card included, and make a repository of the Hub hold it and"
-        " nothing else, in one commit. A repository that is missing is created. Pushing the connector alone takes "
+        description="Check that a model folder is complete, card included, and make a repository of the Hub hold it "
+        "and nothing else, in one commit. A repository that is missing is created. Pushing the connector alone takes "
         "sources that are on the Hub; the full model carries its own. Log in first: hf auth login",
         epilog="Example: cmcr push runs/mine/connector ORG/cmcr-mine",
     )
