@@ -108,13 +108,12 @@ class LocalHub:
         self._server.server_close()
 
     def add(self, name: str, folder: Path, *, under: str = "") -> str:
-        """Put the files of a folder into a repository, as it is or into a folder of it, and return the commit."""
-        files = {
-            under + path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        return self.repositories.setdefault(name, Repository()).commit(files)
+        """Put the files of a folder into a repository, or into a folder of it, and return the commit."""
+        repository = self.repositories.setdefault(name, Repository())
+        files = repository.files if repository.commits else {}
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        added = {under + path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        return repository.commit({**files, **added})
 
     def fault(self, request: str) -> Fault | None:
         for fault in self.faults:

@@ -533,9 +533,10 @@ class CMCRModel(CMCRPreTrainedModel):
             try:
                 models[space], records[space] = load_source(source, (revisions or {}).get(space), selected, kwargs)
             except OSError as error:
+                reason = " ".join(str(error).split())
                 raise OSError(
                     f"Cannot load the {space} source {os.fspath(source)!r}. Pass its folder or Hub id as {space}= to "
-                    f"CMCRModel.from_sources_pretrained. ({error})"
+                    f"CMCRModel.from_sources_pretrained. ({reason})"
                 ) from error
         for space, source in models.items():
             missing = [m for m in SPACE_MODALITIES[space] if not hasattr(source, f"get_{m}_features")]

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from transformers import Trainer, TrainingArguments
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
+from cmcr_hf.cli import main
 from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
 from cmcr_hf.conversion.push import check_folder, push_folder
 from tests.hub_server import READER, WRITER, Fault, LocalHub, Repository
@@ -472,3 +473,18 @@ def test_trainer_pushes_a_connector_with_its_tags_in_the_card(hub, tmp_path, mon
     assert load(files["model.safetensors"]).keys() == connector.state_dict().keys()
     assert {"modeling_cmcr.py", "config.json"} <= files.keys()
     assert {"c-mcr", "cmcr_hf"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+
+
+def test_the_command_prints_the_address_of_the_commit(hub, folder, capsys):
+    assert main(["push", str(folder), NAME, "--revision", "v2", "--private"]) == 0
+    repository = hub.repositories[NAME]
+    assert capsys.readouterr().out == f"{hub.url}/{NAME}/commit/{repository.refs['v2']}\n"
+    assert repository.hidden
+    assert list(repository.files) == [".gitattributes"]
+
+
+def test_the_command_says_in_one_line_what_is_missing(hub, folder, capsys):
+    (folder / "README.md").unlink()
+    assert main(["push", str(folder), NAME]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cmcr push: {folder} has no model card. Write {folder / 'README.md'}")

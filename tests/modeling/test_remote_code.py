@@ -23,19 +23,16 @@ import cmcr_hf.modeling.modeling_cmcr as modeling
 from cmcr_hf import CMCRConfig, CMCRModel, CMCRProcessor
 from cmcr_hf.modeling.clap_extraction_cmcr import CMCRFeatureExtractor
 from cmcr_hf.output import save
+from tests.stranger import WITHOUT_THE_PACKAGE
 
 MODELING = Path(modeling.__file__).parent
 
 # Loads the folders in a process that cannot import the package, saves what it loaded, and writes what it computed.
-STRANGER = """
-import importlib.abc, json, sys
-
-class WithoutThePackage(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "cmcr_hf":
-            raise ImportError("the package is not installed")
-
-sys.meta_path.insert(0, WithoutThePackage())
+STRANGER = (
+    f"""{WITHOUT_THE_PACKAGE}
+import json
+"""
+    + """
 import numpy as np, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
@@ -74,6 +71,7 @@ save_file(tensors, f"{out}/embeds.safetensors")
 with open(f"{out}/report.json", "w") as file:
     json.dump(report, file)
 """
+)
 
 
 @pytest.fixture(scope="module")
