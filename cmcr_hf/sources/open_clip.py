@@ -85,7 +85,7 @@ class OpenClipModel(PreTrainedModel):
     config_class = OpenClipConfig
     base_model_prefix = "open_clip"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: OpenClipConfig, original: nn.Module | None = None):
@@ -107,7 +107,9 @@ class OpenClipModel(PreTrainedModel):
         """Keep what open_clip initialises; a weight that a checkpoint lacks is an error."""
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load a model from the folder or Hub id that `save_pretrained` or `push_to_hub` wrote.
 
         Raises:

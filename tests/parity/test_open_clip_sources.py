@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import RobertaConfig
 
-from cmcr_hf import CMCRModel, CMCRProcessor
+from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
+from cmcr_hf.sources.open_clip import OpenClipConfig, OpenClipModel, load_model, load_parts
+from cmcr_hf.sources.upstream import import_upstream
 from tests.conftest import tiny_tokenizer
 
 from .conftest import Record
@@ -214,7 +216,7 @@ def test_a_connector_finds_its_source_by_name_and_knows_its_weights(
     weights["text.text_projection"] = weights["text.text_projection"].flip(0)
     torch.save(weights, tmp_path / "other.pt")
     other = f"open_clip:{made.name}/{tmp_path}/other.pt"
-    with pytest.raises(ValueError, match="is not the clip source.*its text embeddings"):
+    with pytest.raises(ValueError, match=r"is not the clip source.*its text embeddings"):
         CMCRModel.from_sources_pretrained(other, tiny_clap, tmp_path)
 
 
