@@ -86,8 +86,14 @@ def model_card(
         results=list(results),
         evaluation_command=evaluation_command,
         synthetic_note=synthetic_note,
+        without_sources=without_sources(config),
         conversion=conversion and _conversion_section(conversion),
     )
+
+
+def without_sources(config: CMCRConfig) -> bool:
+    """Return whether a connector neither holds nor names its sources, as converted heads alone do not."""
+    return not config.sources and all(config.source_config(space) is None for space in config.spaces)
 
 
 def source_card(
