@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
 
 CARD = "README.md"
+# Heading of what transformers writes where there is no card, as with the push of a processor.
+EMPTY_CARD = "# Model Card for Model ID"
 # What transformers names weights: whole, or in shards with their index.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # Of version control, caches and a run of Trainer, whose files of these names are pickles.
@@ -107,15 +109,15 @@ def push_model(
         _check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
         target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
         content: dict[str, Path | bytes] = dict(_files(folder))
-        if CARD not in target.files:
-            card: Any = model_card(model.config, repo_id=target.repo_id, licences={})
-        else:
-            # That of a push of a folder, or written by hand, knows more than the configuration.
-            card = ModelCard(target.read(CARD))
+        found = target.read(CARD) if CARD in target.files else EMPTY_CARD
+        # Another one, of a push of a folder or written by hand, knows more than the configuration.
+        card: Any = (
+            model_card(model.config, repo_id=target.repo_id, licences={}) if EMPTY_CARD in found else ModelCard(found)
+        )
         missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
         if missing:
             card.data.tags = [*(card.data.tags or []), *missing]
-        if missing or CARD not in target.files:
+        if missing or EMPTY_CARD in found:
             content[CARD] = str(card).encode()
         return target.commit(
             content, commit_message or "Upload model", lambda name: bool(WEIGHTS.fullmatch(name)), commit_description
@@ -208,15 +210,16 @@ def _check_sources(config: Mapping[str, Any], name: str) -> None:
     if config.get("architectures") != ["CMCRConnector"]:
         return
     for space, record in (config.get("sources") or {}).items():
+        source = record.get("id") or ""
         try:
-            validate_repo_id(record["id"])
-            local = Path(record["id"]).is_dir()
+            validate_repo_id(source)
+            local = Path(source).is_dir()
         except HFValidationError:
             local = True
         if local:
             raise ValueError(
-                f"The connector {name} finds its {space} source in the folder {record['id']!r}, which nobody else has."
-                " Push the full model, or connect it with a source from the Hub."
+                f"The connector {name} finds its {space} source in the folder {source!r}, which nobody else has. Push "
+                "the full model, or connect it with a source from the Hub."
             )
 
 

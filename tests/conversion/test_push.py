@@ -148,7 +148,6 @@ def test_with_xet_it_is_one_commit_too(hub, folder, monkeypatch):
     # Its servers are not those of the Hub; what they are given comes before the commit, in the same client.
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: True)
     monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", upload)
-    monkeypatch.setattr("huggingface_hub._upload_pipeline.PREUPLOAD_BATCH_SIZE", 2)
     push_folder(folder, NAME)
     assert commits(hub) == 2
     assert not [request for request in hub.requests if "/lfs/" in request]
@@ -383,6 +382,16 @@ def test_a_connector_whose_source_is_a_folder_is_refused(hub, folder, tiny_clip,
     assert commits(hub) == 2
 
 
+def test_a_model_of_clip_and_ulip_is_complete_without_a_part_for_audio(tiny_ulip_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_ulip_model, tmp_path / "ulip"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Clouds\n")
+    check_folder(folder)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no complete processor"):
+        check_folder(folder)
+
+
 @pytest.mark.parametrize("source", ["tiny_clip", "tiny_clap", "tiny_ulip", "tiny_text_ulip"])
 def test_sources_are_checked_for_the_parts_of_their_towers(source, tmp_path, request):
     folder = Path(shutil.copytree(request.getfixturevalue(source), tmp_path / source))
@@ -431,6 +440,16 @@ def test_a_card_that_is_there_is_kept_and_tagged(hub, folder):
     found = ModelCard(hub.repositories[NAME].files["README.md"].decode())
     assert found.text == ModelCard(card.decode()).text
     assert found.data.tags == [*ModelCard(card.decode()).data.tags, "toy"]
+
+
+def test_the_empty_card_that_a_processor_brings_is_replaced(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.hf_api", huggingface_hub.HfApi)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    CMCRProcessor.from_pretrained(folder).push_to_hub(NAME)
+    assert "Model Card for Model ID" in hub.repositories[NAME].files["README.md"].decode()
+    CMCRModel.from_pretrained(folder).push_to_hub(NAME)
+    assert f"\n# {NAME}\n" in hub.repositories[NAME].files["README.md"].decode()
+    assert hub.repositories[NAME].files.keys() == {".gitattributes", *content(folder)}
 
 
 def test_a_model_pushed_alone_leaves_the_processor_and_takes_old_shards_away(hub, folder):
