@@ -78,7 +78,19 @@ def test_a_folder_is_pushed_in_one_commit_after_all_else(hub, folder):
     pushed = {name: data for name, data in repository.files.items() if name != ".gitattributes"}
     expected = content(folder)
     assert pushed.keys() == expected.keys()
-    assert all(pushed[name] == expected[name] for name in expected if name != "README.md")
+    assert all(pushed[name] == expected[name] for name in expected if name not in ("README.md", "config.json"))
+
+
+def test_the_paths_of_sources_that_were_folders_are_not_pushed(hub, folder, tiny_clip):
+    assert str(tiny_clip) in (folder / "config.json").read_text()
+    push_folder(folder, NAME)
+    pushed = hub.repositories[NAME].files["config.json"].decode()
+    assert str(tiny_clip.parent) not in pushed
+    # Nothing else is changed.
+    config = (folder / "config.json").read_text()
+    for record in json.loads(config)["sources"].values():
+        config = config.replace(record["id"], Path(record["id"]).name)
+    assert pushed == config
 
 
 def test_weights_in_several_parts_arrive_whole(hub, folder):
