@@ -232,8 +232,8 @@ def _content(folder: Path) -> dict[str, Path | bytes]:
     content: dict[str, Path | bytes] = dict(_files(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = [(record, "id") for record in (config.get("sources") or {}).values()]
-    named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config") and part]
-    paths = [(part, key) for part, key in named if part.get(key) and _is_folder(part[key])]
+    named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
+    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_folder(part[key])]
     for part, key in paths:
         part[key] = Path(part[key]).name
     if paths:

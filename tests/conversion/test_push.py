@@ -1,5 +1,6 @@
 """Pushing, with the real client of the Hub and a Hub on the loopback address."""
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load
 from transformers import Trainer, TrainingArguments
 
@@ -504,6 +506,34 @@ def test_trainer_pushes_a_connector_with_its_tags_in_the_card(hub, tmp_path, mon
     assert load(files["model.safetensors"]).keys() == connector.state_dict().keys()
     assert {"modeling_cmcr.py", "config.json"} <= files.keys()
     assert {"c-mcr", "cmcr_hf"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+
+
+def test_the_stand_in_for_the_hub_keeps_branches_tags_and_trees_as_the_client_expects(hub, folder):
+    head = push_folder(folder, NAME).oid
+    api = huggingface_hub.HfApi()
+    api.create_branch(NAME, branch="v2", revision="main")
+    api.create_tag(NAME, tag="v1", revision="v2")
+    refs = api.list_repo_refs(NAME)
+    assert {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]} == dict.fromkeys(
+        ("main", "v2", "v1"), head
+    )
+    assert set(api.list_repo_files(NAME, revision="v1")) == set(hub.repositories[NAME].files)
+    top = {entry.path for entry in api.list_repo_tree(NAME)}
+    assert {"config.json", "clap_tokenizer"} <= top
+    assert not any("/" in path for path in top)
+    assert {entry.path for entry in api.list_repo_tree(NAME, "clap_tokenizer")} == {
+        f"clap_tokenizer/{path.name}" for path in (folder / "clap_tokenizer").iterdir()
+    }
+    [weights] = api.get_paths_info(NAME, ["model.safetensors"])
+    assert weights.lfs.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert api.whoami()["name"] == "org"
+    for token in (False, READER):
+        with pytest.raises(RepositoryNotFoundError):
+            api.model_info("org/nothing", token=token)
+    hub.repositories[NAME].gated = True
+    assert api.model_info(NAME, token=READER).sha == head
+    with pytest.raises(GatedRepoError):
+        api.list_repo_files(NAME, token=READER)
 
 
 def test_the_command_prints_the_address_of_the_commit(hub, folder, capsys):
