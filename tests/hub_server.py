@@ -318,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
     def paths(self, body: bytes, name: str, revision: str) -> None:
         found = self._files(name, revision, files=True)
         if found:
-            asked = json.loads(body)["paths"]
+            asked = parse_qs(body.decode())["paths"]
             self._json([_entry(path, content) for path, content in found[1].items() if path in asked])
 
     def validate(self, body: bytes) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmcr_hf import CMCRConfig, CMCRModel, CMCRProcessor
+from cmcr_hf import CMCRConfig, CMCRModel, CMCRProcessor, UlipModel
 from cmcr_hf.conversion.hub import model_card
 from tests.hub_server import READER, Fault, LocalHub
 from tests.stranger import WITHOUT_THE_PACKAGE
@@ -290,6 +290,28 @@ def test_a_push_by_nobody_is_one_line(hub, folders, tmp_path):
         "cmcr push: The Hub takes you for nobody, or your token for none (401). Run `hf auth login`"
     )
     assert "org/never" not in hub.repositories
+
+
+def test_a_source_is_pushed_and_loaded_without_the_package(hub, tiny_ulip, tmp_path):
+    folder = Path(shutil.copytree(tiny_ulip, tmp_path / "ulip"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# ulip\n")
+    environment = hub.environment(tmp_path / "home")
+    assert push(environment, folder, "org/ulip").returncode == 0
+    code = f"""{WITHOUT_THE_PACKAGE}
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel
+torch.set_num_threads(1)
+model = AutoModel.from_pretrained("org/ulip", trust_remote_code=True)
+with torch.no_grad():
+    clouds = torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    save_file({{"clouds": model.get_point_cloud_features(clouds).pooler_output}}, "embeds.safetensors")
+"""
+    run(code, environment=environment)
+    clouds = torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = UlipModel.from_pretrained(tiny_ulip).get_point_cloud_features(clouds).pooler_output
+    assert torch.equal(load_file(tmp_path / "home" / "embeds.safetensors")["clouds"], expected)
 
 
 def test_push_to_hub_needs_the_package_and_says_so(hub, pushed, tmp_path):

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
 
 CARD = "README.md"
+# Heading of what transformers writes where there is no card, as with the push of a processor.
+EMPTY_CARD = "# Model Card for Model ID"
 # What transformers names weights: whole, or in shards with their index.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # Of version control, caches and a run of Trainer, whose files of these names are pickles.
@@ -63,7 +65,8 @@ def push_folder(
 
     The folder is checked first (see [`check_folder`]). A repository that is missing is created, and a branch; files of
     former pushes that the folder lacks are deleted in the same commit, except results that others added. A card whose
-    heading is the name of a folder names the repository there. Where all is up to date, the latest commit is returned.
+    heading is the name of a folder names the repository there, and of sources that were folders the configuration
+    keeps the names alone. Where all is up to date, the latest commit is returned.
 
     Args:
         private: create the repository private; a public one of that name is refused. Its owner's default where `None`.
@@ -78,7 +81,7 @@ def push_folder(
     folder = Path(folder)
     check_folder(folder)
     target = _open(repo_id, private=private, revision=revision, token=token)
-    content: dict[str, Path | bytes] = dict(_files(folder))
+    content = _content(folder)
     content[CARD] = _with_name((folder / CARD).read_text(encoding="utf-8"), target.repo_id).encode()
     return target.commit(content, message or f"Push {folder.resolve().name}", _is_ours)
 
@@ -106,16 +109,16 @@ def push_model(
             processor.save_pretrained(folder)
         _check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
         target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
-        content: dict[str, Path | bytes] = dict(_files(folder))
-        if CARD not in target.files:
-            card: Any = model_card(model.config, repo_id=target.repo_id, licences={})
-        else:
-            # That of a push of a folder, or written by hand, knows more than the configuration.
-            card = ModelCard(target.read(CARD))
+        content = _content(folder)
+        found = target.read(CARD) if CARD in target.files else EMPTY_CARD
+        # Another one, of a push of a folder or written by hand, knows more than the configuration.
+        card: Any = (
+            model_card(model.config, repo_id=target.repo_id, licences={}) if EMPTY_CARD in found else ModelCard(found)
+        )
         missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
         if missing:
             card.data.tags = [*(card.data.tags or []), *missing]
-        if missing or CARD not in target.files:
+        if missing or EMPTY_CARD in found:
             content[CARD] = str(card).encode()
         return target.commit(
             content, commit_message or "Upload model", lambda name: bool(WEIGHTS.fullmatch(name)), commit_description
@@ -203,21 +206,39 @@ def _code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{name.split('.')[0]}.py" for name in named})
 
 
+def _is_folder(source: Any) -> bool:
+    """Return whether a source is known by a folder of the user, and not by an id of the Hub."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return Path(source).is_dir()
+
+
 def _check_sources(config: Mapping[str, Any], name: str) -> None:
     """Check that others can fetch the sources that a connector alone records."""
     if config.get("architectures") != ["CMCRConnector"]:
         return
     for space, record in (config.get("sources") or {}).items():
-        try:
-            validate_repo_id(record["id"])
-            local = Path(record["id"]).is_dir()
-        except HFValidationError:
-            local = True
-        if local:
+        if _is_folder(record.get("id")):
             raise ValueError(
-                f"The connector {name} finds its {space} source in the folder {record['id']!r}, which nobody else has."
-                " Push the full model, or connect it with a source from the Hub."
+                f"The connector {name} finds its {space} source in the folder {record.get('id')!r}, which nobody else "
+                "has. Push the full model, or connect it with a source from the Hub."
             )
+
+
+def _content(folder: Path) -> dict[str, Path | bytes]:
+    """Return what of a folder is pushed: all, but of the paths of sources in the configuration the last part alone."""
+    content: dict[str, Path | bytes] = dict(_files(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = [(record, "id") for record in (config.get("sources") or {}).values()]
+    named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
+    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_folder(part[key])]
+    for part, key in paths:
+        part[key] = Path(part[key]).name
+    if paths:
+        content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return content
 
 
 def _files(folder: Path) -> dict[str, Path]:

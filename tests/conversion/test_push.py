@@ -1,5 +1,6 @@
 """Pushing, with the real client of the Hub and a Hub on the loopback address."""
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load
 from transformers import Trainer, TrainingArguments
 
@@ -78,7 +80,19 @@ def test_a_folder_is_pushed_in_one_commit_after_all_else(hub, folder):
     pushed = {name: data for name, data in repository.files.items() if name != ".gitattributes"}
     expected = content(folder)
     assert pushed.keys() == expected.keys()
-    assert all(pushed[name] == expected[name] for name in expected if name != "README.md")
+    assert all(pushed[name] == expected[name] for name in expected if name not in ("README.md", "config.json"))
+
+
+def test_the_paths_of_sources_that_were_folders_are_not_pushed(hub, folder, tiny_clip):
+    assert str(tiny_clip) in (folder / "config.json").read_text()
+    push_folder(folder, NAME)
+    pushed = hub.repositories[NAME].files["config.json"].decode()
+    assert str(tiny_clip.parent) not in pushed
+    # Nothing else is changed.
+    config = (folder / "config.json").read_text()
+    for record in json.loads(config)["sources"].values():
+        config = config.replace(record["id"], Path(record["id"]).name)
+    assert pushed == config
 
 
 def test_weights_in_several_parts_arrive_whole(hub, folder):
@@ -148,7 +162,6 @@ def test_with_xet_it_is_one_commit_too(hub, folder, monkeypatch):
     # Its servers are not those of the Hub; what they are given comes before the commit, in the same client.
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: True)
     monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", upload)
-    monkeypatch.setattr("huggingface_hub._upload_pipeline.PREUPLOAD_BATCH_SIZE", 2)
     push_folder(folder, NAME)
     assert commits(hub) == 2
     assert not [request for request in hub.requests if "/lfs/" in request]
@@ -383,6 +396,16 @@ def test_a_connector_whose_source_is_a_folder_is_refused(hub, folder, tiny_clip,
     assert commits(hub) == 2
 
 
+def test_a_model_of_clip_and_ulip_is_complete_without_a_part_for_audio(tiny_ulip_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_ulip_model, tmp_path / "ulip"))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Clouds\n")
+    check_folder(folder)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no complete processor"):
+        check_folder(folder)
+
+
 @pytest.mark.parametrize("source", ["tiny_clip", "tiny_clap", "tiny_ulip", "tiny_text_ulip"])
 def test_sources_are_checked_for_the_parts_of_their_towers(source, tmp_path, request):
     folder = Path(shutil.copytree(request.getfixturevalue(source), tmp_path / source))
@@ -433,6 +456,16 @@ def test_a_card_that_is_there_is_kept_and_tagged(hub, folder):
     assert found.data.tags == [*ModelCard(card.decode()).data.tags, "toy"]
 
 
+def test_the_empty_card_that_a_processor_brings_is_replaced(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.hf_api", huggingface_hub.HfApi)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    CMCRProcessor.from_pretrained(folder).push_to_hub(NAME)
+    assert "Model Card for Model ID" in hub.repositories[NAME].files["README.md"].decode()
+    CMCRModel.from_pretrained(folder).push_to_hub(NAME)
+    assert f"\n# {NAME}\n" in hub.repositories[NAME].files["README.md"].decode()
+    assert hub.repositories[NAME].files.keys() == {".gitattributes", *content(folder)}
+
+
 def test_a_model_pushed_alone_leaves_the_processor_and_takes_old_shards_away(hub, folder):
     model, processor = CMCRModel.from_pretrained(folder), CMCRProcessor.from_pretrained(folder)
     model.push_to_hub(NAME, processor=processor, max_shard_size="100KB")
@@ -473,6 +506,34 @@ def test_trainer_pushes_a_connector_with_its_tags_in_the_card(hub, tmp_path, mon
     assert load(files["model.safetensors"]).keys() == connector.state_dict().keys()
     assert {"modeling_cmcr.py", "config.json"} <= files.keys()
     assert {"c-mcr", "cmcr_hf"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+
+
+def test_the_stand_in_for_the_hub_keeps_branches_tags_and_trees_as_the_client_expects(hub, folder):
+    head = push_folder(folder, NAME).oid
+    api = huggingface_hub.HfApi()
+    api.create_branch(NAME, branch="v2", revision="main")
+    api.create_tag(NAME, tag="v1", revision="v2")
+    refs = api.list_repo_refs(NAME)
+    assert {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]} == dict.fromkeys(
+        ("main", "v2", "v1"), head
+    )
+    assert set(api.list_repo_files(NAME, revision="v1")) == set(hub.repositories[NAME].files)
+    top = {entry.path for entry in api.list_repo_tree(NAME)}
+    assert {"config.json", "clap_tokenizer"} <= top
+    assert not any("/" in path for path in top)
+    assert {entry.path for entry in api.list_repo_tree(NAME, "clap_tokenizer")} == {
+        f"clap_tokenizer/{path.name}" for path in (folder / "clap_tokenizer").iterdir()
+    }
+    [weights] = api.get_paths_info(NAME, ["model.safetensors"])
+    assert weights.lfs.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert api.whoami()["name"] == "org"
+    for token in (False, READER):
+        with pytest.raises(RepositoryNotFoundError):
+            api.model_info("org/nothing", token=token)
+    hub.repositories[NAME].gated = True
+    assert api.model_info(NAME, token=READER).sha == head
+    with pytest.raises(GatedRepoError):
+        api.list_repo_files(NAME, token=READER)
 
 
 def test_the_command_prints_the_address_of_the_commit(hub, folder, capsys):

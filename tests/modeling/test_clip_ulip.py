@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor, UlipConfig, UlipModel
 from cmcr_hf.conversion.convert_cmcr import read_connector
 from cmcr_hf.conversion.convert_openshape import read_record
+from tests.stranger import WITHOUT_THE_PACKAGE
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37}
 IDS = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]])
@@ -271,15 +272,10 @@ def test_the_towers_of_a_ulip_decide_on_its_modalities():
     assert CMCRConfig(projectors={"ulip": {"input_dim": 8}}).modalities_of("ulip") == ("point_cloud", "image", "text")
 
 
-STRANGER = """
-import importlib.abc, json, sys
-
-class WithoutThePackage(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "cmcr_hf":
-            raise ImportError("the package is not installed")
-
-sys.meta_path.insert(0, WithoutThePackage())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json, sys
 import numpy as np, torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
@@ -299,6 +295,7 @@ for name, folder in json.loads(sys.argv[1]).items():
         tensors[name] = model.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
 save_file(tensors, sys.argv[2])
 """
+)
 
 
 def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, tiny_ulip, model, processor, tmp_path):

@@ -29,10 +29,9 @@ MODELING = Path(modeling.__file__).parent
 
 # Loads the folders in a process that cannot import the package, saves what it loaded, and writes what it computed.
 STRANGER = (
-    f"""{WITHOUT_THE_PACKAGE}
-import json
-"""
+    WITHOUT_THE_PACKAGE
     + """
+import json, sys
 import numpy as np, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
