@@ -37,6 +37,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..modeling.configuration_cmcr import SPACE_MODALITIES
 from ..modeling.processing_cmcr import CMCRProcessor
 from .hub import EVAL_RESULTS, model_card
 
@@ -152,7 +153,11 @@ def check_folder(folder: Path) -> None:
         ) from error
     _check_weights(folder)
     missing = [name for name in _code(config) if not (folder / name).is_file()]
-    if kind == "cmcr":
+    # Heads alone, as they are converted, have nothing to prepare; their processor comes with the sources.
+    heads = not config.get("sources") and not any(config.get(f"{space}_config") for space in SPACE_MODALITIES)
+    if kind == "cmcr" and heads:
+        pass
+    elif kind == "cmcr":
         try:
             CMCRProcessor.from_pretrained(folder)
         except (OSError, ValueError, TypeError, KeyError) as error:
