@@ -211,13 +211,16 @@ def _code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{name.split('.')[0]}.py" for name in named})
 
 
-def _is_folder(source: Any) -> bool:
-    """Return whether a source is known by a folder of the user, and not by an id of the Hub."""
+def _is_local(source: Any) -> bool:
+    """Return whether a source is known by a folder or file of the user, and not by a name that others have too."""
+    name = str(source)
+    if name.startswith("open_clip:"):
+        return Path(name.partition("/")[2]).is_file()
     try:
         validate_repo_id(source)
     except HFValidationError:
         return True
-    return Path(source).is_dir()
+    return Path(source).is_dir() or name.endswith(".pt")
 
 
 def _check_sources(config: Mapping[str, Any], name: str) -> None:
@@ -225,10 +228,10 @@ def _check_sources(config: Mapping[str, Any], name: str) -> None:
     if config.get("architectures") != ["CMCRConnector"]:
         return
     for space, record in (config.get("sources") or {}).items():
-        if _is_folder(record.get("id")):
+        if _is_local(record.get("id")):
             raise ValueError(
-                f"The connector {name} finds its {space} source in the folder {record.get('id')!r}, which nobody else "
-                "has. Push the full model, or connect it with a source from the Hub."
+                f"The connector {name} finds its {space} source in {record.get('id')!r}, which nobody else has. "
+                "Push the full model, or connect it with a source from the Hub."
             )
 
 
@@ -238,7 +241,7 @@ def _content(folder: Path) -> dict[str, Path | bytes]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = [(record, "id") for record in (config.get("sources") or {}).values()]
     named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
-    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_folder(part[key])]
+    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_local(part[key])]
     for part, key in paths:
         part[key] = Path(part[key]).name
     if paths:
