@@ -18,12 +18,21 @@ def clap_clip_heads(sizes: Mapping[str, int], width: int) -> dict[str, torch.Ten
     }
 
 
-def ex_heads(width: int) -> dict[str, torch.Tensor]:
-    """Return random tensors of the layout of an `ex_clap.pt`."""
+def ulip_clip_heads(sizes: Mapping[str, int], width: int) -> dict[str, torch.Tensor]:
+    """Return tensors of the layout of `ulip_clip.pt`: heads from spaces of the given sizes into one of `width`."""
     torch.manual_seed(0)
-    state = {f"Head1.{key}": value for key, value in torch.nn.Linear(width, width).state_dict().items()}
-    for mlp in ("mlp1", "mlp2"):
-        for net, shape in {"net1": (width, 2 * width), "net2": (2 * width, width)}.items():
+    return {
+        f"{head}.{key}": value for head, size in sizes.items() for key, value in _layers("net", size, width).items()
+    }
+
+
+def ex_heads(size: int, width: int | None = None) -> dict[str, torch.Tensor]:
+    """Return tensors of the layout of `ex_clap.pt`: from a space of `size` into one of `width`, else of the same."""
+    torch.manual_seed(0)
+    width = width or size
+    state = {f"Head1.{key}": value for key, value in torch.nn.Linear(size, size).state_dict().items()}
+    for mlp, inner in {"mlp1": size, "mlp2": width}.items():
+        for net, shape in {"net1": (inner, 2 * width), "net2": (2 * width, width)}.items():
             state |= {f"Head2.{mlp}.{key}": value for key, value in _layers(net, *shape).items()}
     return state
 

@@ -387,9 +387,7 @@ def test_a_connector_whose_source_is_a_folder_is_refused(hub, folder, tiny_clip,
     CMCRModel.from_pretrained(folder).connector.save_pretrained(connector)
     CMCRProcessor.from_pretrained(folder).save_pretrained(connector)
     shutil.copy(folder / "README.md", connector)
-    with pytest.raises(
-        ValueError, match=r"finds its cl[ia]p source in .* which nobody else has\. Push the f"
-    ):
+    with pytest.raises(ValueError, match=r"finds its cl[ia]p source in .* which nobody else has\. Push the f"):
         push_folder(connector, NAME)
     edit_config(connector, sources={space: {"id": f"org/{space}"} for space in ("clip", "clap")})
     push_folder(connector, NAME)
