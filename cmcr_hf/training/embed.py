@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
-from ..durable import write_durably
+from ..durable import sha256, write_durably
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.sources_cmcr import normalize, source_features
@@ -276,6 +276,9 @@ def source_record(identity: str, revision: str | None, source: PreTrainedModel) 
         revision = content.hexdigest()
         # A folder is known by what it holds, wherever it lies.
         identity = Path(identity).name
+    # Weights of another package by their file: FILE.pt, or open_clip:NAME/FILE.
+    elif (file := Path(identity.partition("/")[2] if identity.startswith("open_clip:") else identity)).is_file():
+        revision = sha256(file)
     config = source.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)

@@ -26,6 +26,8 @@ from cmcr_hf.sources.upstream import import_upstream
 
 from .conftest import Record
 
+pytestmark = pytest.mark.slow
+
 
 def family() -> list[str]:
     """Return open_clip's own models that the converter takes, by what it says of their configurations."""

@@ -16,11 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import RobertaConfig
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
+from cmcr_hf.connect import connect
 from cmcr_hf.sources.open_clip import OpenClipConfig, OpenClipModel, load_model, load_parts
 from cmcr_hf.sources.upstream import import_upstream
+from cmcr_hf.training.embed import source_record
+from cmcr_hf.training.recipe import DataSpec, Recipe, SourceSpec, TrainSpec
 from tests.conftest import tiny_tokenizer
+from tests.test_connect import write_data
 
 from .conftest import Record
+
+pytestmark = pytest.mark.slow
 
 TEXT = {"width": 64, "heads": 2, "layers": 2}
 SMALL_TEXT = {"context_length": 77, "vocab_size": 49408, **TEXT}
@@ -304,3 +310,35 @@ def test_preprocessing_without_a_counterpart_is_refused(
     monkeypatch.setattr(upstream, "get_tokenizer", lambda name: swapped)
     with pytest.raises(ValueError, match="reads 'a dog barks in the distance' as other tokens"):
         load_parts(made.source)
+
+
+def test_a_recipe_connects_a_model_of_open_clip(
+    member: Callable[[str], Member], tiny_clap: Path, tmp_path: Path
+) -> None:
+    source = member("ViT").source
+    recipe = Recipe(
+        name="small",
+        sources={"clip": SourceSpec(source), "clap": SourceSpec(str(tiny_clap))},
+        text=[DataSpec(table="texts.csv", column="text")],
+        image=[DataSpec(folder="images")],
+        audio=[DataSpec(folder="sounds")],
+        connector={"projection_dim": 8},
+        train=TrainSpec(epochs=2, batch_size=4),
+    )
+    folder = connect(recipe, tmp_path / "run", write_data(tmp_path / "data")).folder
+    inputs = CMCRProcessor.from_pretrained(folder / "model")(text=TEXTS, images=PICTURES)
+    whole, found = (CMCRModel.from_pretrained(folder / part)(**inputs) for part in ("model", "connector"))
+    assert torch.equal(whole.text_embeds, found.text_embeds)
+    assert torch.equal(whole.image_embeds, found.image_embeds)
+    assert source in (folder / "connector" / "README.md").read_text()
+
+
+def test_other_weights_under_the_same_name_are_noticed_by_the_stores(
+    member: Callable[[str], Member], tmp_path: Path
+) -> None:
+    made = member("ViT")
+    model = load_model(made.source, ["text"], {})
+    first = source_record(made.source, None, model)
+    torch.save(torch.load(made.file, weights_only=True) | {"logit_scale": torch.tensor(1.0)}, tmp_path / "other.pt")
+    other = source_record(f"open_clip:{made.name}/{tmp_path}/other.pt", None, model)
+    assert first["revision"] != other["revision"]

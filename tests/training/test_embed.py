@@ -317,6 +317,17 @@ def test_another_tokenizer_in_the_same_folder_is_another_source(clip, tiny_clip,
     assert source_record(str(folder), None, clip)["revision"] != source_record(str(tiny_clip), None, clip)["revision"]
 
 
+def test_weights_of_another_package_are_known_by_what_their_file_holds(tiny_clip, tmp_path):
+    clip, file = CLIPModel.from_pretrained(tiny_clip), tmp_path / "weights.pt"
+    for name in (str(file), f"open_clip:ViT-B-32/{file}"):
+        revisions = set()
+        for content in (b"one", b"two"):
+            file.write_bytes(content)
+            revisions.add(source_record(name, None, clip)["revision"])
+        assert len(revisions) == 2
+    assert source_record("open_clip:ViT-B-32/openai", None, clip)["revision"] == "main"
+
+
 def test_another_precision_or_configuration_is_another_source(clip, tiny_clip):
     single = source_record("some/clip", "abc", clip)
     assert (single["id"], single["revision"]) == ("some/clip", "abc")
