@@ -277,8 +277,8 @@ def source_record(identity: str, revision: str | None, source: PreTrainedModel) 
         # A folder is known by what it holds, wherever it lies.
         identity = Path(identity).name
     # Weights of another package by their file: FILE.pt, or open_clip:NAME/FILE.
-    elif (file := Path(identity.partition("/")[2] if identity.startswith("open_clip:") else identity)).is_file():
-        revision = sha256(file)
+    elif (weights := Path(identity.partition("/")[2] if identity.startswith("open_clip:") else identity)).is_file():
+        revision = sha256(weights)
     config = source.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
