@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 
 from ..modeling.feature_extraction_cmcr import extract_image
 from ..modeling.sources_cmcr import SENTENCES, picture
+from ..modeling.towers_cmcr import remove_other_towers
 from .open_clip_names import check_activation, named_config, read_config
 from .open_clip_processing import clip_tokenizer, hf_tokenizer, image_processor
 from .upstream import import_upstream
@@ -231,8 +232,7 @@ def load_model(source: str | os.PathLike, modalities: Collection[str], arguments
 
     Raises:
         ImportError: open_clip is not installed.
-        ValueError: open_clip knows no such model, or the weights are not those of its architecture.
-        OSError: the weights cannot be downloaded.
+        ValueError: open_clip knows no such model, or its weights cannot be downloaded or are of another architecture.
     """
     open_clip = import_upstream("open_clip", "open-clip")
     described = _describe(source)
@@ -258,9 +258,7 @@ def load_model(source: str | os.PathLike, modalities: Collection[str], arguments
         hf_text_config=original.text.config.to_dict() if text_cfg.get("hf_model_name") else None,
     )
     model = OpenClipModel(config, original)
-    for modality, tower in (("image", "visual"), ("text", "text")):
-        if modality not in modalities:
-            delattr(model, tower)
+    remove_other_towers(model, modalities)
     device = arguments.get("device_map")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,7 +54,7 @@ def record() -> Record:
     return keep
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     if not FIGURES:
         return
     terminalreporter.section("largest differences, random weights")
@@ -64,7 +64,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
         terminalreporter.write_line(line)
     folder = os.environ.get("CMCR_PARITY_FIGURES")
-    if not folder:
+    # What failed is no result to keep.
+    if not folder or exitstatus != pytest.ExitCode.OK:
         return
     day = datetime.now(UTC).date().isoformat()
     installed = {distribution.name for distribution in importlib.metadata.distributions()}

