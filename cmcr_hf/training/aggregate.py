@@ -103,7 +103,7 @@ def aggregate(
     # Under autocast the products would be rounded to bfloat16, an error of up to 0.4 in a score of 100.
     with (
         torch.autocast(device.type, enabled=False),
-        _products(float32_products()),
+        products_in(float32_products()),
         closing(_read_ahead(read)) as blocks,
         bar,
     ):
@@ -144,7 +144,7 @@ def float32_products() -> str:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(rows, 512, generator=generator) for rows in CPU_BLOCKS)
     exact = left.double() @ right.double().T
-    with torch.autocast("cpu", enabled=False), _products("bf16"):
+    with torch.autocast("cpu", enabled=False), products_in("bf16"):
         error = (left @ right.T - exact).norm() / exact.norm()
     return "bf16" if error < 1e-5 else "ieee"
 
@@ -213,20 +213,24 @@ def _add_block(
 
 
 @contextmanager
-def _products(cpu: str) -> Iterator[None]:
-    """Multiply float32 matrices as `cpu` says on the CPU, and in float32 on CUDA; put the process's settings back."""
+def products_in(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices in "bf16" or "ieee" on the CPU and in "ieee" on CUDA; put the settings back after it.
+
+    Does nothing before torch 2.9.
+    """
     if not hasattr(torch.backends.mkldnn, "matmul"):
         yield
         return
     settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    wanted = (precision, "ieee")
     before = [setting.fp32_precision for setting in settings]
     try:
-        for setting, precision in zip(settings, (cpu, "ieee"), strict=True):
-            setting.fp32_precision = precision
+        for setting, value in zip(settings, wanted, strict=True):
+            setting.fp32_precision = value
         yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def _shards(source: Tensor | EmbeddingStore | Iterable[Tensor]) -> Iterator[Tensor]:
