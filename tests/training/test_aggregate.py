@@ -200,14 +200,11 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_temporary_is_larger_than_a_block() -> None:
     # Half precision, so that a copy of the whole memory in float32 would show, as the whole score matrix would.
-    queries, memory = unit_rows(40, 8, 0), unit_rows(1000, 8, 1).half()
+    queries, memory = unit_rows(400, 8, 0), unit_rows(1000, 8, 1).half()
+    float32_products()
     with LargestTensor() as largest:
         aggregate(queries, memory, query_block=100, memory_block=50)
-    assert largest.elements == READ_BLOCKS * 50 * 8
-    queries = unit_rows(100, 8, 0)
-    with LargestTensor() as largest:
-        aggregate(queries, memory, query_block=100, memory_block=50)
-    assert largest.elements == 100 * 50
+    assert largest.elements == max(100 * 50, READ_BLOCKS * 50 * 8, 400 * 8)
 
 
 def test_no_queries_give_an_empty_result() -> None:
@@ -302,11 +299,14 @@ def test_bfloat16_keeps_the_direction(order: str) -> None:
 
 
 def test_bfloat16_errs_less_than_rounded_scores_do() -> None:
-    queries, memory = unit_rows(40, 512, 0).bfloat16(), unit_rows(3000, 512, 1).bfloat16()
+    queries, memory = unit_rows(40, 512, 0), unit_rows(3000, 512, 1)
     expected = dense(queries, memory)
-    rounded = torch.softmax((queries @ memory.T).double() / 0.01, dim=1) @ memory.double()
-    error = largest_difference(aggregate(queries, memory, dtype=torch.bfloat16), expected)
-    assert error < largest_difference(rounded, expected) / 3
+    rounded = torch.softmax((queries.bfloat16() @ memory.bfloat16().T).double() / 0.01, dim=1) @ memory.double()
+    turns = [
+        1 - F.cosine_similarity(result.double(), expected).min().item()
+        for result in (aggregate(queries, memory, dtype=torch.bfloat16), rounded)
+    ]
+    assert turns[0] < turns[1] / 2
 
 
 def store_of(embeds: torch.Tensor, folder: Path, shard_rows: int) -> EmbeddingStore:
@@ -328,8 +328,8 @@ def store_of(embeds: torch.Tensor, folder: Path, shard_rows: int) -> EmbeddingSt
 def test_stores_are_read_as_memory_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries, memory, values = unit_rows(13, 16, 0), unit_rows(97, 16, 1), unit_rows(97, 8, 2)
     stores = store_of(memory, tmp_path / "memory", 40), store_of(values, tmp_path / "values", 40)
-    result = aggregate(queries, *stores, memory_block=4, progress=True)
-    assert largest_difference(result, dense(queries, memory, values)) < 1e-6
+    result = aggregate(queries, *stores, temperature=0.1, memory_block=4, progress=True)
+    assert largest_difference(result, dense(queries, memory, values, temperature=0.1)) < 1e-6
     assert "97/97" in capsys.readouterr().err
 
 
