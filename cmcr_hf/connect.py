@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -46,6 +47,8 @@ from .training.train import ConnectorTrainingArguments, last_checkpoint, train_c
 
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
+# What an interruption of the aggregation may lose at most, in rows, and what it holds in memory at once.
+PSEUDO_SHARD_ROWS = 65536
 _NOUNS = {"text": "texts", "image": "images", "audio": "clips", "point_cloud": "point clouds"}
 
 
@@ -423,6 +426,8 @@ def _aggregate(
 ) -> EmbeddingStore:
     """Give every text a pseudo embedding of the leaf modality (semantic consistency), as a store of its own."""
     inputs = {"queries": queries.digest, "memory": memory.digest, "temperature": temperature}
+    # Whole shards of the queries: none is read twice, and no more is held than the store writes at once.
+    shards = max(PSEUDO_SHARD_ROWS // queries.shard_rows, 1)
     store = EmbeddingStore.create(
         folder,
         space=memory.space,
@@ -430,17 +435,20 @@ def _aggregate(
         source=memory.source,
         dim=memory.dim,
         data_fingerprint=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        shard_rows=shards * queries.shard_rows,
     )
     if store.complete:
         return store
-    rows, keys, shards = queries.tensor(device), queries.keys(), list(memory.shards())
-    for start in range(store.rows, len(rows), store.shard_rows):
-        block = slice(start, start + store.shard_rows)
+    keys = queries.keys()
+    # An interrupted store ends with a shard, so it goes on at a shard of the queries.
+    rest = itertools.islice(queries.shards(), store.rows // queries.shard_rows, None)
+    while part := list(itertools.islice(rest, shards)):
+        block = torch.cat(part).to(device)
         # Unit length, so that the noise turns pseudo and native embeddings by the same angle.
-        progress = len(rows) > 10_000
-        store.append(
-            aggregate(rows[block], shards, temperature=temperature, normalize=True, progress=progress), keys[block]
+        pseudo = aggregate(
+            block, memory, temperature=temperature, normalize=True, progress=queries.rows * memory.rows > 10**9
         )
+        store.append(pseudo, keys[store.rows : store.rows + len(block)])
     store.finish()
     return store
 

@@ -145,6 +145,38 @@ def test_pseudo_embeddings_are_the_soft_retrieval_of_equation_1(finished):
     torch.testing.assert_close(embeds["clap_audio"].double(), expected, atol=1e-5, rtol=0)
 
 
+def random_store(folder, rows, dim, shard_rows):
+    embeds = torch.nn.functional.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows)))
+    store = EmbeddingStore.create(
+        folder,
+        space="clip",
+        modality="text",
+        source={"id": "random", "revision": "0", "config_hash": "0"},
+        dim=dim,
+        data_fingerprint="random",
+        shard_rows=shard_rows,
+    )
+    store.append(embeds, [f"row {row}" for row in range(rows)])
+    store.finish()
+    return store
+
+
+def test_an_interrupted_aggregation_of_shards_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    queries, memory = random_store(tmp_path / "queries", 50, 8, 4), random_store(tmp_path / "memory", 30, 8, 7)
+    monkeypatch.setattr(walk, "PSEUDO_SHARD_ROWS", 13)
+    whole = walk._aggregate(queries, memory, tmp_path / "whole", 0.1, "cpu")
+    assert (whole.shard_rows, whole.rows, whole.keys()) == (12, 50, queries.keys())
+    weights = torch.softmax(queries.tensor().double() @ memory.tensor().double().T / 0.1, dim=1)
+    expected = torch.nn.functional.normalize(weights @ memory.tensor().double())
+    torch.testing.assert_close(whole.tensor().double(), expected, atol=1e-6, rtol=0)
+    with monkeypatch.context() as patch:
+        raises_once(patch, walk, "aggregate", 2)
+        with pytest.raises(KeyboardInterrupt):
+            walk._aggregate(queries, memory, tmp_path / "stopped", 0.1, "cpu")
+    walk._aggregate(queries, memory, tmp_path / "stopped", 0.1, "cpu")
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
 def test_the_table_measures_the_connector_that_was_saved(finished):
     connector = CMCRConnector.from_pretrained(finished.folder / "connector")
     assert finished.table["C-MCR"] == connector_metrics(connector, finished.sets)
