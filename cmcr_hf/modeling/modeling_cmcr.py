@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -28,22 +27,11 @@ from .configuration_cmcr import (
     CMCRConfig,
     source_embedding_dim,
 )
+from .losses_cmcr import symmetric_info_nce
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
 from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source
 
 logger = logging.get_logger(__name__)
-
-
-def symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Return the mean of both directions' cross entropies between aligned unit rows (equation 4).
-
-    Args:
-        a, b: `(batch, dim)`, row i of one belongs to row i of the other, all other rows are negatives.
-        scale: inverse temperature.
-    """
-    logits = a @ b.T * scale
-    targets = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 @dataclass
