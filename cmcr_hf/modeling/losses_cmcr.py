@@ -95,6 +95,6 @@ def gather(rows: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the rows of all ranks of a process group in the order of the ranks, without a gradient."""
     if group is None:
         return rows
-    everyone = rows.new_empty(len(rows) * dist.get_world_size(group), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
-    return everyone
+    everyone = rows.new_empty(dist.get_world_size(group), *rows.shape)
+    dist.all_gather(list(everyone), rows.contiguous(), group=group)
+    return everyone.flatten(0, 1)
