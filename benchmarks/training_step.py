@@ -1,4 +1,5 @@
-"""A training step of the connector under `Trainer` against the same step in a bare loop."""
+"""A training step of the connector under `Trainer` against the same step in a bare loop, and the contrastive loss,
+which computes large batches in blocks of logits, against the plain one."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from benchmarks.timing import alternate, machine
 from cmcr_hf import CMCRConfig, CMCRConnector
+from cmcr_hf.modeling.losses_cmcr import symmetric_info_nce
 from cmcr_hf.training.train import ConnectionDataset, ConnectorTrainingArguments, train_connector
 
 
@@ -20,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=512, help="width of both sources")
     parser.add_argument("--steps", type=int, default=8, help="steps a run")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds")
+    parser.add_argument("--project", type=int, metavar="STEPS", help="hours of so many steps (the paper's: 20500)")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     batch, steps = arguments.batch, arguments.steps
@@ -56,12 +59,28 @@ def main(argv: list[str] | None = None) -> None:
             train_connector(config, embeds, args, log_lines=False)
 
         seconds = alternate({"bare loop": bare_loop, "Trainer": trainer}, arguments.repeats)
+    losses = {"plain loss": plain_info_nce, "symmetric_info_nce": symmetric_info_nce}
+    texts = [embeds[name][:batch].requires_grad_() for name in ("clip_text", "clap_text")]
+    loss_seconds = alternate(
+        {name: lambda loss=loss: loss(*texts, 100.0).backward() for name, loss in losses.items()}, arguments.repeats
+    )
     print(
         f"Training, {steps} steps of {batch} x {arguments.dim}, two projectors, two InfoNCE, float32, random vectors"
     )
     print(machine())
     for name, value in seconds.items():
-        print(f"{name:12} {1e3 * value / steps:8.1f} ms a step {value / seconds['bare loop']:7.2f} x")
+        print(f"{name:18} {1e3 * value / steps:8.1f} ms a step {value / seconds['bare loop']:7.2f} x")
+    for name, value in loss_seconds.items():
+        print(f"{name:18} {1e3 * value:8.1f} ms with its gradient {value / loss_seconds['plain loss']:7.2f} x")
+    if arguments.project:
+        hours = seconds["Trainer"] / steps * arguments.project / 3600
+        print(f"projected from the {steps} measured: {arguments.project} steps under Trainer take {hours:.1f} h")
+
+
+def plain_info_nce(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    logits = a @ b.T * scale
+    targets = torch.arange(len(logits))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -28,22 +28,12 @@ from .configuration_cmcr import (
     CMCRConfig,
     source_embedding_dim,
 )
+from .losses_cmcr import symmetric_info_nce
+from .noise_cmcr import row_noise
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
 from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source
 
 logger = logging.get_logger(__name__)
-
-
-def symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Return the mean of both directions' cross entropies between aligned unit rows (equation 4).
-
-    Args:
-        a, b: `(batch, dim)`, row i of one belongs to row i of the other, all other rows are negatives.
-        scale: inverse temperature.
-    """
-    logits = a @ b.T * scale
-    targets = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 @dataclass
@@ -237,6 +227,8 @@ class CMCRConnector(CMCRPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^(clip|clap|ulip)\."]  # noqa: RUF012
+    # Of ranks that hold a part of the batch each, as many rows on each: set while they train together.
+    process_group: Any = None
 
     def __init__(self, config: CMCRConfig):
         super().__init__(config)
@@ -282,7 +274,11 @@ class CMCRConnector(CMCRPreTrainedModel):
         return normalize(projector(normalize(embeds).to(dtype), leaf=modality == SPACE_MODALITIES[space][0]))
 
     def forward(
-        self, embeds: dict[str, torch.Tensor], return_loss: bool = True, return_dict: bool | None = None
+        self,
+        embeds: dict[str, torch.Tensor],
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+        noise_seed: tuple[int, ...] | None = None,
     ) -> CMCRConnectorOutput:
         """Project aligned embeddings and score them with the training objective.
 
@@ -290,6 +286,8 @@ class CMCRConnector(CMCRPreTrainedModel):
             embeds: `{"{space}_{modality}": (batch, input_dim)}`. For CLIP-CLAP through text: `clip_text` and
                 `clap_text` of the same texts, and their pseudo embeddings `clip_image` and `clap_audio` (semantic
                 consistency, equation 1), row by row. In training mode noise is added to each (semantic completion).
+            noise_seed: makes the noise a function of these numbers, the name of the embeddings and the row's place in
+                the batch, of all ranks of `process_group` in their order; else torch's global generator draws it.
         """
         projected = {}
         for name, source_embeds in embeds.items():
@@ -298,7 +296,7 @@ class CMCRConnector(CMCRPreTrainedModel):
                 raise ValueError(
                     f"Expected embeddings named space_modality with a space of {list(self.projectors)}, got {name!r}."
                 )
-            projected[name] = self.project(self._complete(source_embeds), space, modality)
+            projected[name] = self.project(self._complete(source_embeds, name, noise_seed), space, modality)
         output = CMCRConnectorOutput(embeds=projected)
         if return_loss:
             if self.config.objective != "c-mcr":
@@ -309,12 +307,16 @@ class CMCRConnector(CMCRPreTrainedModel):
             output.loss = overlap + leaf + self.config.intra_weight * intra
         return output
 
-    def _complete(self, embeds: torch.Tensor) -> torch.Tensor:
+    def _complete(self, embeds: torch.Tensor, name: str, noise_seed: tuple[int, ...] | None = None) -> torch.Tensor:
         """Add the noise of semantic completion in training mode (equation 2)."""
         if not self.training or self.config.noise_norm == 0:
             return embeds
-        std = self.config.noise_norm * embeds.shape[-1] ** -0.5
-        return normalize(embeds) + std * torch.randn_like(embeds)
+        if noise_seed is None:
+            noise = torch.randn_like(embeds)
+        else:
+            rank = 0 if self.process_group is None else dist.get_rank(self.process_group)
+            noise = row_noise(embeds, f"{tuple(noise_seed)} {name}", rank * len(embeds))
+        return normalize(embeds) + self.config.noise_norm * embeds.shape[-1] ** -0.5 * noise
 
     def _bridge_terms(self, projected: dict[str, torch.Tensor], bridge: list[str]) -> tuple[torch.Tensor, ...]:
         space_a, space_b, overlap = bridge
@@ -331,8 +333,8 @@ class CMCRConnector(CMCRPreTrainedModel):
             # The root's slope is infinite at 0, which two identical vectors reach.
             distances = distances.clamp_min(1e-12).sqrt()
         return (
-            symmetric_info_nce(overlap_a, overlap_b, 1 / self.config.overlap_temperature),
-            symmetric_info_nce(leaf_a, leaf_b, 1 / self.config.leaf_temperature),
+            symmetric_info_nce(overlap_a, overlap_b, 1 / self.config.overlap_temperature, self.process_group),
+            symmetric_info_nce(leaf_a, leaf_b, 1 / self.config.leaf_temperature, self.process_group),
             # The mean over both spaces' rows is 1/2 mean_i (d_a + d_b) of equation 5.
             distances.mean(),
         )

@@ -8,7 +8,16 @@ Example, after `cmcr connect` or `aggregate` wrote the four row-aligned stores:
         --output_dir runs/mine --num_train_epochs 36 --per_device_train_batch_size 512
 
 Every option of `transformers.TrainingArguments` is there, with the paper's values as defaults: AdamW, learning rate
-1e-3 with cosine decay, batch 4096, 36 epochs. `--resume_from_checkpoint DIR` ends with the weights of an unbroken run.
+1e-3 with cosine decay, batch 4096, 36 epochs. `--resume_from_checkpoint DIR` ends with the weights of an unbroken run,
+and so does `--resume_from_last_checkpoint`, which finds it in the output folder.
+
+Several processes train as one does on the batch of all of them, on GPUs or on CPUs (`--use_cpu`), and start again
+behind the last checkpoint when one of them is killed:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node 4 --max-restarts 1 \\
+        -m cmcr_hf.training.train --resume_from_last_checkpoint True --per_device_train_batch_size 1024 ...
+
+Without the variable, processes that start again may read the addresses of those before them, and fail (torch 2.13).
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import (
@@ -33,16 +43,17 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..durable import verify_checksums, write_checksums
+from ..durable import verify_checksums
 from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
+from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
+from .distributed import one_batch_of_all_ranks
 from .store import EmbeddingStore
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
@@ -65,6 +76,8 @@ class ConnectorTrainingArguments(TrainingArguments):
     # The data set makes whole batches itself; its dictionary is not the signature of `forward`.
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
+    # Its statistics are those of all ranks already.
+    ddp_broadcast_buffers: bool | None = False
     logging_strategy: str = "epoch"
     # A loss that is not finite is shown, not left out of the mean.
     logging_nan_inf_filter: bool = False
@@ -100,18 +113,26 @@ class ConnectorArguments:
         default=0.01, metadata={"help": "InfoNCE temperature of the pseudo pairs (tau 3)."}
     )
     intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
+    resume_from_last_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Go on behind the last whole checkpoint of the output folder, where it has one."},
+    )
 
 
 class ConnectionDataset(Dataset[dict[str, Any]]):
-    """Row-aligned embeddings `{"{space}_{modality}": (rows, dim)}` that are indexed a whole batch at a time."""
+    """Row-aligned embeddings `{"{space}_{modality}": (rows, dim)}` that are indexed a whole batch at a time.
 
-    def __init__(self, embeds: dict[str, torch.Tensor]) -> None:
+    Args:
+        device: to hold the embeddings on, in the dtype they have.
+    """
+
+    def __init__(self, embeds: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
         rows = {name: len(tensor) for name, tensor in embeds.items()}
         if len(set(rows.values())) != 1:
             raise ValueError(
                 f"Expected stores of the same items, row by row, got {rows} rows. Embed the same items in each."
             )
-        self.embeds = embeds
+        self.embeds = {name: tensor.to(device) for name, tensor in embeds.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.embeds.values())))
@@ -121,7 +142,8 @@ class ConnectionDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         # One gather a batch in place of thousands of single rows and their collation.
-        rows = torch.as_tensor(indices)
+        device = next(iter(self.embeds.values())).device
+        rows = torch.as_tensor(indices, device=device)
         return {"embeds": {name: tensor[rows].float() for name, tensor in self.embeds.items()}}
 
 
@@ -130,70 +152,15 @@ def keep_batch(batch: Any) -> dict[str, Any]:
     return dict(batch)
 
 
-class LossTermsCallback(TrainerCallback):
-    """Log the terms of the objective beside its loss, as means over the training steps since the last log."""
-
-    def __init__(self, connector: CMCRConnector) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
-        connector.register_forward_hook(self._record)
-
-    def _record(self, connector: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if connector.training:
-            for name in ("loss_overlap", "loss_leaf", "loss_intra"):
-                self._sums[name] = self._sums.get(name, 0) + output[name].detach()
-            self._steps += 1
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self._steps and logs is not None and "loss" in logs:
-            terms = {name: (total / self._steps).item() for name, total in self._sums.items()}
-            logs.update(terms)
-            state.log_history[-1].update(terms)
-            self._sums, self._steps = {}, 0
-
-
-class DivergenceCallback(TrainerCallback):
-    """Stop a run at the first log with a loss or weights that are not finite: by default before they are saved."""
-
-    def __init__(self, connector: CMCRConnector) -> None:
-        self._connector = connector
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        spoilt = [name for name in ("loss", "train_loss") if not math.isfinite((logs or {}).get(name, 0.0))]
-        # The last step may spoil the weights behind a finite loss.
-        spoilt += [name for name, weights in self._connector.state_dict().items() if not weights.isfinite().all()]
-        if spoilt:
-            raise ValueError(
-                f"The training diverged at step {state.global_step} of {state.max_steps}: {spoilt[0]} is not finite. "
-                f"Lower the learning rate (it is {args.learning_rate:g}), and check noise_norm, the temperatures and "
-                "intra_weight."
-            )
-
-
-class ChecksumsCallback(TrainerCallback):
-    """Make every checkpoint durable and record the sha256 of its files, so that a cut or damaged one is noticed."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_checksums(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
-
-
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last checkpoint that is as it was written, and remove later ones, which are of no use."""
-    while (checkpoint := get_last_checkpoint(str(folder))) is not None:
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
         try:
             verify_checksums(Path(checkpoint))
             return checkpoint
         except ValueError:
             shutil.rmtree(checkpoint)
     return None
-
-
-class TrainingBar(ProgressCallback):
-    """The progress bar of Trainer without its lines of logs."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -223,6 +190,7 @@ def train_connector(
     Args:
         embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair.
         args: `seed` decides the initial weights, the order and the noise; `resume_from_checkpoint` goes on with a run.
+            Ranks of `torchrun` train as one would with a batch of `per_device_train_batch_size` times their number.
         validation_rows: rows of a fixed permutation that are held out and evaluated at the end.
         log_lines: print a line a log; without, there is the progress bar alone (none under `disable_tqdm`).
 
@@ -233,9 +201,13 @@ def train_connector(
     rows = len(next(iter(embeds.values())))
     if not 0 <= validation_rows < rows:
         raise ValueError(f"validation_rows is {validation_rows}, expected 0 or more and fewer than the {rows} rows.")
-    if args.per_device_train_batch_size < 2:
+    if args.n_gpu > 1:
+        # DataParallel would give every GPU negatives and statistics of its own: several take torchrun.
+        args._n_gpu = 1
+    batch_size = args.per_device_train_batch_size * args.world_size
+    if batch_size < 2:
         raise ValueError(
-            f"The batch size is {args.per_device_train_batch_size}, expected at least 2: BatchNorm and InfoNCE "
+            f"The batch size is {batch_size}, expected at least 2: BatchNorm and InfoNCE "
             "compare the rows of a batch. Raise per_device_train_batch_size (train.batch_size in a recipe)."
         )
     training, held_out = ConnectionDataset(embeds), None
@@ -245,15 +217,23 @@ def train_connector(
             ConnectionDataset({name: tensor[part] for name, tensor in embeds.items()})
             for part in (order[validation_rows:], order[:validation_rows])
         )
-    if len(training) < args.train_batch_size:
+    if len(training) < batch_size:
         raise ValueError(
-            f"Expected at least one batch of {args.train_batch_size} training rows, got {len(training)}. Use more "
+            f"Expected at least one batch of {batch_size} training rows, got {len(training)}. Use more "
             "texts or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
         )
     if held_out is not None:
         # Equal batches, since the last of unequal ones would be dropped.
-        batches = math.ceil(len(held_out) / args.per_device_eval_batch_size)
-        args.per_device_eval_batch_size = len(held_out) // batches
+        if len(held_out) < args.world_size:
+            raise ValueError(
+                f"validation_rows is {len(held_out)}, expected 0 or at least one a process, of which "
+                f"there are {args.world_size}."
+            )
+        batches = math.ceil(len(held_out) / (args.per_device_eval_batch_size * args.world_size))
+        args.per_device_eval_batch_size = len(held_out) // (batches * args.world_size)
+    if _fit_on_device(embeds, args):
+        training = ConnectionDataset(training.embeds, args.device)
+        held_out = held_out and ConnectionDataset(held_out.embeds, args.device)
     # Trainer saves its arguments with every checkpoint: those of a run that goes on are to be the same.
     checkpoint, args.resume_from_checkpoint = args.resume_from_checkpoint, None
     set_seed(args.seed)
@@ -265,17 +245,30 @@ def train_connector(
         train_dataset=training,
         eval_dataset=held_out,
         compute_metrics=retrieval_metrics,
-        callbacks=[LossTermsCallback(connector), DivergenceCallback(connector), ChecksumsCallback()],
+        callbacks=[
+            NoiseCallback(connector),
+            LossTermsCallback(connector),
+            DivergenceCallback(connector),
+            ChecksumsCallback(),
+        ],
     )
     if not log_lines:
         trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             trainer.add_callback(TrainingBar)
-    with _closed_bars(trainer):
+    with _closed_bars(trainer), one_batch_of_all_ranks(connector):
         trainer.train(resume_from_checkpoint=checkpoint)
         if held_out is not None:
             trainer.evaluate()
     return connector.cpu().eval(), trainer.state.log_history
+
+
+def _fit_on_device(embeds: dict[str, torch.Tensor], args: TrainingArguments) -> bool:
+    """Say whether the embeddings take less than half of a GPU's free memory, and this process makes the batches."""
+    if args.device.type != "cuda" or args.dataloader_num_workers or args.dataloader_pin_memory:
+        return False
+    free, _ = torch.cuda.mem_get_info(args.device)
+    return sum(tensor.nbytes for tensor in embeds.values()) < free / 2
 
 
 @contextmanager
@@ -348,11 +341,23 @@ def main(argv: list[str] | None = None) -> None:
     if all(source["id"].count("/") == 1 for source in sources.values()):
         config.sources = sources
     embeds = {name: store.tensor() for name, store in ordered.items()}
+    if arguments.resume_from_last_checkpoint:
+        if args.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"Got resume_from_checkpoint {args.resume_from_checkpoint!r} and resume_from_last_checkpoint. Give "
+                "one of them."
+            )
+        # The first process removes what is damaged before the others look.
+        with args.main_process_first(local=False):
+            args.resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
     connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
-    connector.save_pretrained(args.output_dir)
-    metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
-    if metrics:
-        print(json.dumps(metrics, indent=2))
+    if args.should_save:
+        connector.save_pretrained(args.output_dir)
+        metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
+        if metrics:
+            print(json.dumps(metrics, indent=2))
+    if args.world_size > 1:
+        dist.destroy_process_group()
 
 
 def run_script(main: Callable[[], None]) -> None:

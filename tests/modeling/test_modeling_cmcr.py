@@ -164,9 +164,25 @@ def test_noise_turns_an_embedding_by_the_angle_of_the_paper_at_any_width():
         connector = CMCRConnector(CMCRConfig(projectors={"clip": {"input_dim": width}, "clap": {"input_dim": width}}))
         torch.manual_seed(0)
         clean = F.normalize(torch.randn(2000, width), dim=-1)
-        noisy = connector.train()._complete(clean)
+        noisy = connector.train()._complete(clean, "clip_text")
         cosine = F.cosine_similarity(clean, noisy).mean().item()
         assert cosine == pytest.approx(1 / math.sqrt(1 + 0.004 * 512), abs=0.01)
+
+
+def test_seeded_noise_is_a_function_of_the_seed_and_the_name_of_the_embeddings():
+    connector = small_connector(noise_norm=0.5).train()
+    same = quadruple()["clip_text"]
+
+    def embeds(*seed):
+        return connector({"clip_text": same, "clip_image": same}, return_loss=False, noise_seed=seed).embeds
+
+    first = embeds(1, 2, 3)
+    state = torch.get_rng_state()
+    for name, rows in embeds(1, 2, 3).items():
+        assert torch.equal(rows, first[name])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (first["clip_text"] != first["clip_image"]).all()
+    assert (first["clip_text"] != embeds(1, 2, 4)["clip_text"]).all()
 
 
 def test_there_is_noise_in_training_mode_alone():

@@ -417,3 +417,61 @@ def test_checkpoints_of_a_run_that_goes_on_are_those_of_an_unbroken_one(tmp_path
     resumed = arguments("out", resume_from_checkpoint=last_checkpoint(Path("out")))
     train_connector(small_config(), aligned_embeds(48), resumed, log_lines=False)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_the_noise_of_a_step_depends_on_the_seed_the_step_and_the_micro_batch_alone(tmp_path, monkeypatch):
+    def noise_seeds(**changes):
+        seeds = []
+        forward = CMCRConnector.forward
+
+        def recording(self, *given, noise_seed=None, **options):
+            seeds.append(noise_seed)
+            return forward(self, *given, noise_seed=noise_seed, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CMCRConnector, "forward", recording)
+            args = arguments(tmp_path, **{"save_strategy": "no", "seed": 7, **changes})
+            train_connector(small_config(), aligned_embeds(48), args, log_lines=False)
+        return seeds
+
+    assert noise_seeds(num_train_epochs=2) == [(7, step, 0) for step in range(6)]
+    # Three batches an epoch: the last step of an epoch has one.
+    expected = [(7, 0, 0), (7, 0, 1), (7, 1, 0), (7, 2, 0), (7, 2, 1), (7, 3, 0)]
+    assert noise_seeds(num_train_epochs=2, gradient_accumulation_steps=2) == expected
+
+
+def test_a_data_set_on_a_device_gives_the_batches_of_one_on_the_cpu():
+    embeds = {name: rows.half() for name, rows in aligned_embeds(8).items()}
+    there = ConnectionDataset(embeds, "meta").__getitems__([5, 1])
+    here = ConnectionDataset(embeds).__getitems__([5, 1])
+    for name, rows in here["embeds"].items():
+        assert torch.equal(rows, embeds[name][[5, 1]].float())
+        assert there["embeds"][name].device.type == "meta"
+        assert (there["embeds"][name].shape, there["embeds"][name].dtype) == (rows.shape, torch.float32)
+
+
+def test_the_script_goes_on_behind_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    stores = save_stores(tmp_path, aligned_embeds(64))
+    flags = ["--num_train_epochs", "3", "--save_strategy", "epoch", "--resume_from_last_checkpoint", "True"]
+    # Nothing to go on with: the folder is not there yet.
+    whole = run_main(tmp_path / "out", stores, *flags)
+    last = tmp_path / "out" / "checkpoint-12"
+    (last / "optimizer.pt").write_bytes(b"cut")
+    calls, forward = [], CMCRConnector.forward
+    monkeypatch.setattr(
+        CMCRConnector, "forward", lambda *given, **options: calls.append(1) or forward(*given, **options)
+    )
+    assert equal_weights(run_main(tmp_path / "out", stores, *flags), whole)
+    # One epoch of four batches, behind the second.
+    assert len(calls) == 4
+    with pytest.raises(ValueError, match="'here' and resume_from_last_checkpoint"):
+        run_main(tmp_path / "out", stores, *flags, "--resume_from_checkpoint", "here")
+
+
+def test_one_process_trains_on_one_gpu(tmp_path):
+    args = arguments(tmp_path, max_steps=1, save_strategy="no")
+    args._n_gpu = 2
+    _, history = train_connector(small_config(), aligned_embeds(48), args, log_lines=False)
+    assert args.n_gpu == 1
+    # Three batches of 16, which two GPUs of 16 would make one.
+    assert history[-1]["epoch"] == pytest.approx(1 / 3)

@@ -1,0 +1,100 @@
+# Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The contrastive loss of C-MCR, computed in blocks of logits and over the rows of several ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Up to here the logits are small, and computing them twice costs more than it saves.
+PLAIN_ROWS = 2048
+# Blocks of a CPU stay in its cache; a GPU wants large products.
+CPU_BLOCK_ROWS = 512
+BLOCK_ROWS = 4096
+
+
+def symmetric_info_nce(
+    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float, group: Any = None
+) -> torch.Tensor:
+    """Return the mean of both directions' cross entropies between aligned unit rows (equation 4).
+
+    The logits of large batches are computed in blocks, anew for the gradient: memory grows with the rows, not with
+    their square.
+
+    Args:
+        a, b: `(batch, dim)`, row i of one belongs to row i of the other, all other rows are negatives.
+        scale: inverse temperature.
+        group: process group of ranks that call this with as many rows each. The rows of the others are negatives too,
+            and the result is the loss of the rank's own rows: its mean over the ranks is the loss of all rows, and the
+            mean of the parameters' gradients, which DistributedDataParallel takes, is the gradient of that.
+
+    Raises:
+        ValueError: the rows of `a` and `b` are not as many.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"Expected aligned rows of one width, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    if group is None and len(a) <= PLAIN_ROWS:
+        logits = a @ b.T * scale
+        targets = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    return _InfoNCE.apply(a, b, torch.as_tensor(scale, dtype=a.dtype, device=a.device), group)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, group: Any) -> torch.Tensor:
+        device = a.device.type
+        # As autocast does: products in its dtype, exponentials in the dtype of the rows.
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        with torch.autocast(device, enabled=False):
+            ctx.group, ctx.first = group, 0 if group is None else dist.get_rank(group) * len(a)
+            scaled, everyone = (a * scale).to(low), gather(b, group).to(low)
+            row_lse, positives = a.new_empty(len(a)), a.new_empty(len(a))
+            peak, total = a.new_full((len(everyone),), -torch.inf), a.new_zeros(len(everyone))
+            for block in _blocks(a):
+                logits = (scaled[block] @ everyone.T).to(a.dtype)
+                positives[block] = logits.diagonal(ctx.first + block.start)
+                row_lse[block] = logits.logsumexp(dim=1)
+                higher = torch.maximum(peak, logits.amax(dim=0))
+                total = total * (peak - higher).exp() + logits.sub_(higher).exp_().sum(dim=0)
+                peak = higher
+            column_lse = gather((peak + total.log())[None], group).logsumexp(dim=0)
+            ctx.save_for_backward(a, scale, scaled, everyone, row_lse, column_lse)
+            return (row_lse + column_lse[ctx.first : ctx.first + len(a)] - 2 * positives).mean() / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        a, scale, scaled, everyone, row_lse, column_lse = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            grad_a, grad_everyone = torch.empty_like(a), a.new_zeros(everyone.shape)
+            for block in _blocks(a):
+                logits = (scaled[block] @ everyone.T).to(a.dtype)
+                slope = (logits - row_lse[block, None]).exp_()
+                slope += logits.sub_(column_lse).exp_()
+                slope.diagonal(ctx.first + block.start).sub_(2)
+                slope = slope.to(scaled.dtype)
+                grad_a[block] = slope @ everyone
+                grad_everyone += slope.T @ scaled[block]
+            factor = grad / (2 * len(a))
+            if ctx.group is not None:
+                dist.all_reduce(grad_everyone, group=ctx.group)
+            grad_b = grad_everyone[ctx.first : ctx.first + len(a)] * factor
+            grad_scale = (a * grad_a).sum() * factor
+            return grad_a.mul_(factor * scale), grad_b, grad_scale, None
+
+
+def _blocks(rows: torch.Tensor) -> list[slice]:
+    size = CPU_BLOCK_ROWS if rows.device.type == "cpu" else BLOCK_ROWS
+    return [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+
+
+def gather(rows: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return the rows of all ranks of a process group in the order of the ranks, without a gradient."""
+    if group is None:
+        return rows
+    everyone = rows.new_empty(dist.get_world_size(group), *rows.shape)
+    dist.all_gather(list(everyone), rows.contiguous(), group=group)
+    return everyone.flatten(0, 1)

@@ -1,0 +1,110 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmcr_hf.modeling import losses_cmcr as losses
+from cmcr_hf.modeling.losses_cmcr import symmetric_info_nce
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of three rows at any number of rows."""
+    monkeypatch.setattr(losses, "PLAIN_ROWS", 0)
+    monkeypatch.setattr(losses, "CPU_BLOCK_ROWS", 3)
+
+
+def unit_rows(rows, dim, *, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = F.normalize(torch.randn(2, rows, dim, generator=generator, dtype=dtype), dim=-1)
+    return a.requires_grad_(), b.requires_grad_()
+
+
+def plain(a, b, scale):
+    logits = a @ b.T * scale
+    targets = torch.arange(len(logits))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def gradients(loss, *inputs):
+    return loss, *torch.autograd.grad(3 * loss, inputs)
+
+
+def test_the_loss_in_blocks_and_its_gradients_are_those_of_the_plain_one_in_float32():
+    assert losses.PLAIN_ROWS < 2500
+    a, b = unit_rows(2500, 16)
+    scale = torch.tensor(100.0, requires_grad=True)
+    for found, expected in zip(
+        gradients(symmetric_info_nce(a, b, scale), a, b, scale),
+        gradients(plain(a, b, scale), a, b, scale),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+
+
+# As many rows as a block, fewer, a whole number of blocks, and one left over.
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7])
+def test_any_number_of_rows_gives_the_plain_loss_in_float64(blocks, rows):
+    a, b = unit_rows(rows, 5, dtype=torch.float64)
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    for found, expected in zip(
+        gradients(symmetric_info_nce(a, b, scale), a, b, scale),
+        gradients(plain(a, b, scale), a, b, scale),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradients_are_those_of_finite_differences(blocks):
+    a, b = unit_rows(7, 5, dtype=torch.float64)
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(symmetric_info_nce, (a, b, scale))
+    assert torch.autograd.gradcheck(lambda a, b: symmetric_info_nce(a, b, 5.0), (a, b))
+
+
+def test_logits_beyond_the_range_of_exponentials_give_a_finite_loss(blocks):
+    a, b = unit_rows(7, 5)
+    found = gradients(symmetric_info_nce(a, b, 1e4), a, b)
+    for value, expected in zip(found, gradients(plain(a, b, 1e4), a, b), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
+    assert found[0] > 1e3
+
+
+def test_autocast_multiplies_in_bfloat16_in_both_directions(blocks):
+    a, b = unit_rows(7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = symmetric_info_nce(a, b, 10.0)
+    assert loss.dtype == torch.float32
+    exact = gradients(plain(a, b, 10.0), a, b)
+    for value, expected in zip(gradients(loss, a, b), exact, strict=True):
+        assert not torch.equal(value, expected)
+        torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
+
+
+def test_rows_that_are_not_as_many_are_an_error():
+    with pytest.raises(ValueError, match=r"aligned rows of one width, got \(3, 4\) and \(2, 4\)"):
+        symmetric_info_nce(torch.zeros(3, 4), torch.zeros(2, 4), 1.0)
+
+
+PEAK = """
+import importlib.util, resource, sys, torch
+spec = importlib.util.spec_from_file_location("losses", sys.argv[1])
+losses = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(losses)
+
+def run(rows):
+    a, b = torch.randn(2, rows, 16).requires_grad_().unbind()
+    losses.symmetric_info_nce(a, b, 1.0).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = run(64)
+print((run(8192) - before) * 1024)
+"""
+
+
+def test_a_large_batch_takes_less_memory_than_one_copy_of_its_logits():
+    command = [sys.executable, "-c", PEAK, losses.__file__]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak < 150e6 < 8192**2 * 4
