@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,27 +197,32 @@ def _embed(arguments: argparse.Namespace) -> None:
     # The defaults of an entry are those of what it is made of: a folder has no split.
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) not in (None, "train")}
     device = _device(arguments.device)
-    _tune(device)
-    embed_data(
-        arguments.source,
-        arguments.space,
-        arguments.modality,
-        data_entry(arguments.data, arguments.modality, **given),
-        arguments.output,
-        revision=arguments.revision,
-        dtype=getattr(torch, arguments.dtype),
-        device=device,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        strict=arguments.strict,
-    )
+    with _tuned(device):
+        embed_data(
+            arguments.source,
+            arguments.space,
+            arguments.modality,
+            data_entry(arguments.data, arguments.modality, **given),
+            arguments.output,
+            revision=arguments.revision,
+            dtype=getattr(torch, arguments.dtype),
+            device=device,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            strict=arguments.strict,
+        )
 
 
-def _tune(device: str) -> None:
-    if device == "cpu":
-        from .cpu import tune_cpu
+@contextmanager
+def _tuned(device: str) -> Iterator[None]:
+    if device != "cpu":
+        yield
+        return
+    from .cpu import tuned_cpu
 
-        print(tune_cpu(), flush=True)
+    with tuned_cpu() as line:
+        print(line, flush=True)
+        yield
 
 
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -278,16 +283,16 @@ def _connect(arguments: argparse.Namespace) -> None:
         beside = Path(arguments.recipe)
         data = beside.parent if beside.is_file() else Path()
     device = _device(arguments.device)
-    _tune(device)
-    connection = connect(
-        recipe,
-        folder,
-        data,
-        device=device,
-        batch_size=arguments.batch_size,
-        report=print,
-        command=shlex.join(words),
-    )
+    with _tuned(device):
+        connection = connect(
+            recipe,
+            folder,
+            data,
+            device=device,
+            batch_size=arguments.batch_size,
+            report=print,
+            command=shlex.join(words),
+        )
     if connection.table is not None:
         print(format_table(connection.table))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,20 +16,25 @@ MAX_ERROR = 1e-5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def tune_cpu() -> str:
+@contextmanager
+def tuned_cpu() -> Iterator[str]:
     """Let matrix products be faster where their error stays below 1e-5, and malloc keep its memory; say what was set.
 
-    The settings hold for the process: `torch.set_float32_matmul_precision("medium")` after a check on random matrices,
-    and on Linux glibc's allocator neither maps large blocks anew nor gives them back.
+    `torch.set_float32_matmul_precision("medium")` after a check on random matrices, for the time of the context; on
+    Linux, glibc's allocator neither maps large blocks anew nor gives them back from then on.
     """
-    error = _product_error("medium")
-    if error > MAX_ERROR:
-        torch.set_float32_matmul_precision("highest")
-        precision = f'precision "highest" ("medium" errs by {error:.0e} here)'
-    else:
-        precision = f'precision "medium" (error {error:.0e})'
-    kept = ", malloc keeps its memory" if _keep_memory() else ""
-    return f"CPU: {torch.get_num_threads()} threads, matrix products in float32 at {precision}{kept}"
+    before = torch.get_float32_matmul_precision()
+    try:
+        error = _product_error("medium")
+        if error > MAX_ERROR:
+            torch.set_float32_matmul_precision("highest")
+            precision = f'precision "highest" ("medium" errs by {error:.0e} here)'
+        else:
+            precision = f'precision "medium" (error {error:.0e})'
+        kept = ", malloc keeps its memory" if _keep_memory() else ""
+        yield f"CPU: {torch.get_num_threads()} threads, matrix products in float32 at {precision}{kept}"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _product_error(precision: str) -> float:

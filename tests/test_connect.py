@@ -208,7 +208,7 @@ def test_model_and_connector_folders_load_and_embed_alike(finished, data):
 
 
 def test_a_second_run_does_nothing_again(recipe, data, finished, copy, monkeypatch):
-    for owner, name in ((embedding, "encode"), (walk, "aggregate"), (walk, "train_connector")):
+    for owner, name in ((embedding, "encode_features"), (walk, "aggregate"), (walk, "train_connector")):
         monkeypatch.setattr(owner, name, fails)
     monkeypatch.setattr(CMCRModel, "save_pretrained", fails)
     before, lines = content(copy), []
@@ -226,8 +226,8 @@ def test_without_an_evaluate_section_there_is_no_table(recipe, data, copy):
 
 # What is stopped, and in place of which of its calls.
 STOPS = {
-    "first text store": (embedding, "encode", 0),
-    "audio store": (embedding, "encode", 3),
+    "first text store": (embedding, "encode_features", 0),
+    "audio store": (embedding, "encode_features", 3),
     "second aggregation": (walk, "aggregate", 1),
     "before the training": (walk, "train_connector", 0),
     "training": (CMCRConnector, "forward", 4),
@@ -235,7 +235,7 @@ STOPS = {
     "end of the training": (walk, "write_json", 2),
     "connector folder": (CMCRProcessor, "save_pretrained", 0),
     "model folder": (CMCRProcessor, "save_pretrained", 1),
-    "evaluation store": (embedding, "encode", 5),
+    "evaluation store": (embedding, "encode_features", 5),
     "evaluation": (walk, "baseline_metrics", 0),
     "record of the saved folders": (output, "write_json", 1),
     "evaluation file": (walk, "write_json", 3),

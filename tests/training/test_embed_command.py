@@ -27,13 +27,6 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, tmp_path, capsys):
     (pictures / "2.png").write_bytes(b"no image")
     options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
@@ -41,6 +34,8 @@ def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, 
     printed = capsys.readouterr().out
     assert f"4 rows of 24 in {tmp_path / 'store'}, 1 unreadable, listed in" in printed
     assert printed.startswith("CPU: 1 threads, matrix products in float32 at precision")
+    # What the command sets ends with it.
+    assert torch.get_float32_matmul_precision() == "highest"
     assert EmbeddingStore.open(tmp_path / "store").keys() == ["0.png", "1.png", "3.png", "4.png"]
     (reject,) = map(json.loads, (tmp_path / "store" / "rejects.jsonl").read_text().splitlines())
     assert (reject["key"], reject["position"]) == ("2.png", 2)
