@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import alternate, machine
-from cmcr_hf.training.aggregate import aggregate, float32_products, products_in
+from cmcr_hf.cpu import float32_products, products_in
+from cmcr_hf.training.aggregate import aggregate
 from cmcr_hf.training.store import EmbeddingStore
 
 # Scores of the whole matrix at once: 2 ** 28 are 1 GiB in float32.

@@ -6,44 +6,65 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
-# Of the largest value of a product. With "medium", oneDNN adds up bfloat16 parts on processors that have them, to
-# about 1e-6; where it rounds to bfloat16 alone, as with AMX, the error is about 3e-3.
-MAX_ERROR = 1e-5
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
+@cache
+def float32_products() -> str:
+    """Return how float32 matrices are best multiplied on this machine: "bf16" or "ieee", as torch names it.
+
+    On a CPU, what torch calls bf16 (`set_float32_matmul_precision("medium")`) only chooses a faster library, as long
+    as the processor has no float32 products by bfloat16 (AMX). So it is taken where it errs as little as "ieee" on
+    random matrices, by less than 1e-5 of their product's norm (bfloat16: 2e-3), else "ieee". Without the settings of
+    torch 2.9, "ieee".
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        return "ieee"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(rows, 512, generator=generator) for rows in (512, 2048))
+    exact = left.double() @ right.double().T
+    with torch.autocast("cpu", enabled=False), products_in("bf16"):
+        error = (left @ right.T - exact).norm() / exact.norm()
+    return "bf16" if error < 1e-5 else "ieee"
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices in "bf16" or "ieee" on the CPU and in "ieee" on CUDA; put the settings back after it.
+
+    Does nothing before torch 2.9.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        yield
+        return
+    settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    wanted = (precision, "ieee")
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting, value in zip(settings, wanted, strict=True):
+            setting.fp32_precision = value
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
 @contextmanager
 def tuned_cpu() -> Iterator[str]:
-    """Let matrix products be faster where their error stays below 1e-5, and malloc keep its memory; say what was set.
+    """Let matrix products be faster where that costs no precision, and malloc keep its memory; say what was set.
 
-    `torch.set_float32_matmul_precision("medium")` after a check on random matrices, for the time of the context; on
-    Linux, glibc's allocator neither maps large blocks anew nor gives them back from then on.
+    The first holds for the time of the context (see [`float32_products`]); on Linux, glibc's allocator neither maps
+    large blocks anew nor gives them back from then on.
     """
-    before = torch.get_float32_matmul_precision()
-    try:
-        error = _product_error("medium")
-        if error > MAX_ERROR:
-            torch.set_float32_matmul_precision("highest")
-            precision = f'precision "highest" ("medium" errs by {error:.0e} here)'
-        else:
-            precision = f'precision "medium" (error {error:.0e})'
-        kept = ", malloc keeps its memory" if _keep_memory() else ""
-        yield f"CPU: {torch.get_num_threads()} threads, matrix products in float32 at {precision}{kept}"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _product_error(precision: str) -> float:
-    """Set the precision of float32 products and return their largest error, relative to the largest value."""
-    torch.set_float32_matmul_precision(precision)
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
-    return float(((a @ b).double() - exact).abs().max() / exact.abs().max())
+    precision = float32_products()
+    kept = ", malloc keeps its memory" if _keep_memory() else ""
+    with products_in(precision):
+        yield f"CPU: {torch.get_num_threads()} threads, float32 products as {precision!r}, errors below 1e-5{kept}"
 
 
 def _keep_memory() -> bool:

@@ -6,14 +6,14 @@ import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from functools import cache
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..cpu import float32_products, products_in
 from .store import EmbeddingStore
 
 # Rows of queries and of memory whose scores are held at once. On a CPU they stay in the cache between the two products
@@ -130,25 +130,6 @@ def aggregate(
     return F.normalize(result, dim=1, out=result) if normalize else result
 
 
-@cache
-def float32_products() -> str:
-    """Return how `aggregate` multiplies float32 matrices on this machine: "bf16" or "ieee", as torch names them.
-
-    On a CPU, what torch calls bf16 (`set_float32_matmul_precision("medium")`) only chooses a faster library, as long
-    as the processor has no float32 products by bfloat16 (AMX). So it is taken where it errs as little as "ieee" on
-    random matrices, by less than 1e-5 of their product's norm (bfloat16: 2e-3), else "ieee". Without the settings of
-    torch 2.9, "ieee".
-    """
-    if not hasattr(torch.backends.mkldnn, "matmul"):
-        return "ieee"
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(rows, 512, generator=generator) for rows in CPU_BLOCKS)
-    exact = left.double() @ right.double().T
-    with torch.autocast("cpu", enabled=False), products_in("bf16"):
-        error = (left @ right.T - exact).norm() / exact.norm()
-    return "bf16" if error < 1e-5 else "ieee"
-
-
 def rank_rows(rows: int, block: int, *, rank: int | None = None, world_size: int | None = None) -> range:
     """Return the rows that are a rank's when ranks share out whole blocks of rows, in order.
 
@@ -210,27 +191,6 @@ def _add_block(
         average.addmm_(weights, values)
     else:
         average.add_(weights @ values)
-
-
-@contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices in "bf16" or "ieee" on the CPU and in "ieee" on CUDA; put the settings back after it.
-
-    Does nothing before torch 2.9.
-    """
-    if not hasattr(torch.backends.mkldnn, "matmul"):
-        yield
-        return
-    settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    wanted = (precision, "ieee")
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting, value in zip(settings, wanted, strict=True):
-            setting.fp32_precision = value
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def _shards(source: Tensor | EmbeddingStore | Iterable[Tensor]) -> Iterator[Tensor]:

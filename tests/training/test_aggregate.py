@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcr_hf.training.aggregate import READ_BLOCKS, aggregate, float32_products, products_in, rank_rows
+from cmcr_hf.cpu import float32_products, products_in
+from cmcr_hf.training.aggregate import READ_BLOCKS, aggregate, rank_rows
 from cmcr_hf.training.store import EmbeddingStore
 
 

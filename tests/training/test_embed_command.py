@@ -33,7 +33,7 @@ def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, 
     assert run("--data", pictures, *options) == 0
     printed = capsys.readouterr().out
     assert f"4 rows of 24 in {tmp_path / 'store'}, 1 unreadable, listed in" in printed
-    assert printed.startswith("CPU: 1 threads, matrix products in float32 at precision")
+    assert printed.startswith("CPU: 1 threads, float32 products as ")
     # What the command sets ends with it.
     assert torch.get_float32_matmul_precision() == "highest"
     assert EmbeddingStore.open(tmp_path / "store").keys() == ["0.png", "1.png", "3.png", "4.png"]
