@@ -315,7 +315,7 @@ class CMCRConnector(CMCRPreTrainedModel):
             noise = torch.randn_like(embeds)
         else:
             rank = 0 if self.process_group is None else dist.get_rank(self.process_group)
-            noise = row_noise(embeds, f"{tuple(noise_seed)} {name}", rank * len(embeds))
+            noise = row_noise(embeds, noise_seed, name, rank * len(embeds))
         return normalize(embeds) + self.config.noise_norm * embeds.shape[-1] ** -0.5 * noise
 
     def _bridge_terms(self, projected: dict[str, torch.Tensor], bridge: list[str]) -> tuple[torch.Tensor, ...]:

@@ -9,17 +9,19 @@ import torch
 SEED_ROWS = 256
 
 
-def row_noise(embeds: torch.Tensor, key: str, first: int = 0) -> torch.Tensor:
+# A compiled graph of its own for every seed would be compiled at every step.
+@torch.compiler.disable
+def row_noise(embeds: torch.Tensor, seed: tuple[int, ...], name: str, first: int = 0) -> torch.Tensor:
     """Draw standard normal noise like `embeds`, `(rows, dim)`, for the rows of a batch from row `first` on.
 
-    What a row gets depends on `key`, its place in the batch, the width, the dtype and the kind of device, and not on
-    the rows that are drawn with it: ranks that hold a part of the batch each draw what one that holds all of it does.
+    What a row gets depends on `seed`, `name`, its place in the batch, the width, the dtype and the kind of device, and
+    not on the rows that are drawn with it: ranks that hold a part of the batch each draw what one does that holds all.
     """
     start, stop = first // SEED_ROWS, -(-(first + len(embeds)) // SEED_ROWS)
     noise = embeds.new_empty(stop - start, SEED_ROWS, embeds.shape[-1])
     generator = torch.Generator(embeds.device)
     for index, block in enumerate(noise, start):
-        digest = hashlib.blake2b(f"{key} {index}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{tuple(seed)} {name} {index}".encode(), digest_size=8).digest()
         block.normal_(generator=generator.manual_seed(int.from_bytes(digest)))
     offset = first - start * SEED_ROWS
     return noise.flatten(0, 1)[offset : offset + len(embeds)]

@@ -51,6 +51,7 @@ class NoiseCallback(TrainerCallback):
         self._seed = (0, 0, 0)
         connector.register_forward_pre_hook(self._pass, with_kwargs=True)
 
+    @torch.compiler.disable
     def _pass(self, connector: torch.nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return inputs, {**options, "noise_seed": self._seed}
 

@@ -231,7 +231,7 @@ def train_connector(
             )
         batches = math.ceil(len(held_out) / (args.per_device_eval_batch_size * args.world_size))
         args.per_device_eval_batch_size = len(held_out) // (batches * args.world_size)
-    if _fit_on_device(embeds, args):
+    if fit_on_device(embeds, args):
         training = ConnectionDataset(training.embeds, args.device)
         held_out = held_out and ConnectionDataset(held_out.embeds, args.device)
     # Trainer saves its arguments with every checkpoint: those of a run that goes on are to be the same.
@@ -263,7 +263,7 @@ def train_connector(
     return connector.cpu().eval(), trainer.state.log_history
 
 
-def _fit_on_device(embeds: dict[str, torch.Tensor], args: TrainingArguments) -> bool:
+def fit_on_device(embeds: dict[str, torch.Tensor], args: TrainingArguments) -> bool:
     """Say whether the embeddings take less than half of a GPU's free memory, and this process makes the batches."""
     if args.device.type != "cuda" or args.dataloader_num_workers or args.dataloader_pin_memory:
         return False

@@ -185,6 +185,24 @@ def test_seeded_noise_is_a_function_of_the_seed_and_the_name_of_the_embeddings()
     assert (first["clip_text"] != embeds(1, 2, 4)["clip_text"]).all()
 
 
+def test_a_compiled_connector_is_not_compiled_anew_for_every_seed():
+    torch.compiler.reset()
+    connector, graphs = small_connector(noise_norm=0.5).train(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(connector, backend=backend)
+    made = []
+    for step in range(6):
+        torch.testing.assert_close(
+            compiled(quadruple(), noise_seed=(0, step, 0)).loss, connector(quadruple(), noise_seed=(0, step, 0)).loss
+        )
+        made.append(len(graphs))
+    assert made[2] == made[5] > 0
+
+
 def test_there_is_noise_in_training_mode_alone():
     connector = small_connector()
     torch.manual_seed(0)

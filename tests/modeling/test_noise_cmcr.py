@@ -5,19 +5,20 @@ from cmcr_hf.modeling.noise_cmcr import SEED_ROWS, row_noise
 
 def test_parts_of_a_batch_get_the_noise_of_the_whole():
     rows = 2 * SEED_ROWS + 44
-    whole = row_noise(torch.zeros(rows, 6), "a")
+    whole = row_noise(torch.zeros(rows, 6), (1, 2), "a")
     # One row, parts within a block of seeds and parts across its bounds.
     for first, count in ((0, 1), (rows - 1, 1), (10, 100), (200, 100), (250, 300), (SEED_ROWS, SEED_ROWS)):
-        assert torch.equal(row_noise(torch.zeros(count, 6), "a", first), whole[first : first + count])
+        assert torch.equal(row_noise(torch.zeros(count, 6), (1, 2), "a", first), whole[first : first + count])
 
 
-def test_another_key_gives_other_noise():
-    one, other = (row_noise(torch.zeros(SEED_ROWS, 6), key) for key in ("a", "b"))
-    assert (one != other).all()
+def test_another_seed_or_name_gives_other_noise():
+    noise = row_noise(torch.zeros(SEED_ROWS, 6), (1, 2), "a")
+    for seed, name in (((1, 3), "a"), ((1, 2, 0), "a"), ((12,), "a"), ((1, 2), "b")):
+        assert (row_noise(torch.zeros(SEED_ROWS, 6), seed, name) != noise).all()
 
 
 def test_the_noise_is_standard_normal_and_independent_from_row_to_row():
-    noise = row_noise(torch.zeros(20 * SEED_ROWS, 50), "a").double()
+    noise = row_noise(torch.zeros(20 * SEED_ROWS, 50), (1, 2), "a").double()
     # Six standard errors of 256,000 draws.
     assert abs(noise.mean()) < 6 / 256_000**0.5
     assert abs(noise.var() - 1) < 6 * (2 / 256_000) ** 0.5
@@ -28,5 +29,5 @@ def test_the_noise_is_standard_normal_and_independent_from_row_to_row():
 
 def test_the_noise_has_the_dtype_of_the_embeddings_and_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    assert row_noise(torch.zeros(3, 6, dtype=torch.bfloat16), "a").dtype == torch.bfloat16
+    assert row_noise(torch.zeros(3, 6, dtype=torch.bfloat16), (1, 2), "a").dtype == torch.bfloat16
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cmcr_hf.training.store import EmbeddingStore
 from cmcr_hf.training.train import (
     ConnectionDataset,
     ConnectorTrainingArguments,
+    fit_on_device,
     last_checkpoint,
     main,
     run_script,
@@ -466,6 +468,21 @@ def test_the_script_goes_on_behind_the_last_whole_checkpoint(tmp_path, monkeypat
     assert len(calls) == 4
     with pytest.raises(ValueError, match="'here' and resume_from_last_checkpoint"):
         run_main(tmp_path / "out", stores, *flags, "--resume_from_checkpoint", "here")
+
+
+def test_embeddings_go_to_a_gpu_that_has_twice_their_memory_free(monkeypatch):
+    def fit(device="cuda", workers=0, pinned=False):
+        args = SimpleNamespace(
+            device=torch.device(device), dataloader_num_workers=workers, dataloader_pin_memory=pinned
+        )
+        return fit_on_device({"a": torch.zeros(100), "b": torch.zeros(100).half()}, args)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1202, 10**6))
+    assert fit()
+    # Other processes cannot make batches of a GPU's tensors, nor can these be pinned.
+    assert not any([fit("cpu"), fit(workers=1), fit(pinned=True)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1200, 10**6))
+    assert not fit()
 
 
 def test_one_process_trains_on_one_gpu(tmp_path):
