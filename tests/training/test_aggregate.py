@@ -88,7 +88,7 @@ def test_any_shape_cut_and_temperature_gives_the_dense_softmax(
 ) -> None:
     queries, memory, values = unit_rows(rows, dim, seed), unit_rows(items, dim, seed + 1), unit_rows(items, width, 2)
     if ties:
-        memory[items // 2 :] = memory[0]
+        memory[items // 2 :] = memory[0].clone()
     if rising:
         memory = memory[(memory @ queries[0]).argsort()]
     temperature = 10.0**exponent
