@@ -77,18 +77,15 @@ def test_a_pickle_with_code_is_refused_by_the_name_of_the_code_and_not_run(tmp_p
 def test_a_pickle_that_names_code_by_its_stack_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "weights.pt", "w") as archive:
         archive.writestr("weights/data.pkl", b"\x80\x04\x8c\x05posix\x8c\x06system\x93.")
-    refused(tmp_path / "weights.pt", "the step STACK_GLOBAL")
+    refused(tmp_path / "weights.pt", r"names 'posix\.system'")
 
 
-def test_what_a_kind_allows_is_read_and_what_it_does_not_is_refused(tmp_path):
-    torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(model="toy")}, tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", r"names 'argparse\.Namespace'")
-    assert_weights(read(tmp_path / "weights.pt", allowed={"argparse Namespace": argparse.Namespace}).weights)
-
-
-def test_numpy_scalars_can_be_allowed(tmp_path):
-    torch.save({"state_dict": WEIGHTS, "best": np.float64(0.5)}, tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "names 'numpy")
+def test_what_stands_beside_the_weights_of_released_files_is_passed_over(tmp_path):
+    beside = {"args": argparse.Namespace(model="toy"), "best": np.float64(0.5), "names": ["a", ("b", 1.5, None)]}
+    torch.save(
+        {"state_dict": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, **beside}, tmp_path / "w.pt"
+    )
+    assert_weights(read(tmp_path / "w.pt").weights)
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -120,7 +117,10 @@ def test_a_bit_that_flips_anywhere_in_a_file_ends_in_one_line_or_in_tensors(tmp_
 
 def test_a_file_before_torch_1_6_is_told_from_a_damaged_one(tmp_path):
     torch.save(WEIGHTS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    refused(tmp_path / "old.pt", "no archive of torch.save. Save files of torch before 1.6 anew")
+    refused(
+        tmp_path / "old.pt",
+        "no archive of torch.save. Save files of torch before 1.6 anew|what a failed download leaves",
+    )
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
@@ -160,9 +160,9 @@ def test_a_file_without_named_tensors_is_refused(tmp_path, content):
 
 def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path):
     refused(tmp_path / "none.pt", "no such file. Check the path")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "it is no file")
     os.mkfifo(tmp_path / "pipe.pt")
-    refused(tmp_path / "pipe.pt", "no such file")
+    refused(tmp_path / "pipe.pt", "it is no file")
 
 
 def test_keys_are_renamed_dropped_and_cut_in_three_by_the_table():
