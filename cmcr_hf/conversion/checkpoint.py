@@ -234,8 +234,13 @@ def convert_keys(
     for key, tensor in state_dict.items():
         found = next(((match, new) for old, new in keys.items() if (match := re.fullmatch(old, key))), None)
         if found is None:
-            known = next(
-                (kind for start, kind in KINDS.items() if any(name.startswith(start) for name in state_dict)), None
+            own = any(re.fullmatch(old, name) for old in keys for name in state_dict)
+            known = (
+                None
+                if own
+                else next(
+                    (kind for start, kind in KINDS.items() if any(name.startswith(start) for name in state_dict)), None
+                )
             )
             hint = f"It looks like a file for `cmcr convert {known}`" if known else "Pass the released file as it is"
             raise ValueError(f"Unknown key {key!r}: expected {upstream}. {hint}.")
@@ -275,11 +280,11 @@ def load_weights(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], 
     """
     expected = model.state_dict()
     for problem, names in (
-        ("lacks the weights that become", sorted(expected.keys() - converted.keys())),
-        ("has weights of another architecture, which become", sorted(converted.keys() - expected.keys())),
+        ("lacks weights, such as those that become", sorted(expected.keys() - converted.keys())),
+        ("has weights of another architecture, such as those that become", sorted(converted.keys() - expected.keys())),
     ):
         if names:
-            raise ValueError(f"The checkpoint {problem} {names[0]!r}, of {len(names)}: expected {upstream}.")
+            raise ValueError(f"The checkpoint {problem} {names[0]!r}. Pass {upstream}, whole.")
     for name, tensor in converted.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(

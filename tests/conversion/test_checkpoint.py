@@ -132,6 +132,74 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     refused(tmp_path / "bomb.pt", "its archive is compressed")
 
 
+def rewritten(source, target, change):
+    """Copy an archive of torch.save, entry by entry, as `change(name, content)` gives them: a list of pairs."""
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(target, "w") as archive:
+        for entry in whole.infolist():
+            for name, content in change(entry.filename, whole.read(entry)):
+                archive.writestr(name, content)
+    return target
+
+
+def test_what_torch_would_read_in_place_of_the_checked_pickle_is_not_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "whole.pt")
+    hostile = pickle.dumps(Hostile((os.system, (f"touch {tmp_path}/ran",))), protocol=2)
+
+    def with_twin(name, content):
+        # torch finds records whatever their case.
+        twin = [(name.upper(), hostile)] if name.endswith("data.pkl") else []
+        return [*twin, (name, content)]
+
+    assert_weights(read(rewritten(tmp_path / "whole.pt", tmp_path / "twin.pt", with_twin)).weights)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nested_keys_take_neither_time_nor_the_stack(tmp_path):
+    nested = b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s."
+    torch.save(WEIGHTS, tmp_path / "whole.pt")
+    path = rewritten(
+        tmp_path / "whole.pt",
+        tmp_path / "deep.pt",
+        lambda name, content: [(name, nested if name.endswith("data.pkl") else content)],
+    )
+    refused(path, "its pickle is damaged .keys that are no texts")
+
+
+def test_a_record_that_is_too_short_or_missing_is_named(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "whole.pt")
+    short = rewritten(
+        tmp_path / "whole.pt",
+        tmp_path / "short.pt",
+        lambda name, content: [(name, content[:8] if name.endswith("data/0") else content)],
+    )
+    refused(short, "the record 'whole/data/0' of 'a.weight' is too short")
+    missing = rewritten(
+        tmp_path / "whole.pt",
+        tmp_path / "missing.pt",
+        lambda name, content: [] if name.endswith("data/1") else [(name, content)],
+    )
+    refused(missing, "the tensor 'a.bias' has no record 'whole/data/1'")
+
+
+def test_a_flipped_bit_in_the_numbers_is_noticed(tmp_path):
+    torch.save({"a": torch.full((4,), 0.5)}, tmp_path / "flipped.pt")
+    data = (tmp_path / "flipped.pt").read_bytes()
+    place = data.index(torch.full((4,), 0.5).numpy().tobytes())
+    (tmp_path / "flipped.pt").write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+    refused(tmp_path / "flipped.pt", "it is damaged .Bad CRC-32")
+
+
+def test_parts_views_and_shared_storages_are_read_as_torch_reads_them(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    state = {"whole": whole, "part": whole[1:3, ::2], "turned": whole.T, "again": whole, "none": whole[:0]}
+    state |= {"scalar": torch.tensor(3), "half": whole.half(), "flags": whole > 5}
+    state["parameter"] = torch.nn.Parameter(whole * 2)
+    torch.save(state, tmp_path / "weights.pt")
+    found = read(tmp_path / "weights.pt").weights
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) and found[key].dtype == state[key].dtype for key in state)
+
+
 def test_tensors_that_claim_more_than_the_bound_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1).expand(2**40)}, tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", r"claim 4398046511104 bytes, expected at most 1048576")
@@ -188,8 +256,8 @@ def test_weights_are_loaded_whole_or_not_at_all():
     model = torch.nn.Linear(3, 2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for weights, reason in (
-        ({"weight": torch.zeros(2, 3)}, "lacks the weights that become 'bias', of 1: expected a toy"),
-        ({**before, "more": torch.zeros(1)}, "of another architecture, which become 'more'"),
+        ({"weight": torch.zeros(2, 3)}, "lacks weights, such as those that become 'bias'. Pass a toy, whole"),
+        ({**before, "more": torch.zeros(1)}, "of another architecture, such as those that become 'more'"),
         ({**before, "weight": torch.zeros(3, 2)}, r"become 'weight': expected \[2, 3\], got \[3, 2\]"),
     ):
         with pytest.raises(ValueError, match=reason):
