@@ -68,7 +68,7 @@ def embed_data(
     """
     if data.dataset is not None and "/" not in data.dataset and not (root / data.dataset).is_dir():
         raise ValueError(
-            f"There is no file or folder {data.dataset!r}, and data sets of the Hub are named OWNER/NAME. Check --data."
+            f"There is no file or folder {data.dataset!r}, and a Hub data set is named OWNER/NAME. Check --data."
         )
     items = Items([data], modality, root, strict=strict)
     model, record = load_source(source, revision, [modality], {"dtype": dtype})
