@@ -10,10 +10,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from ..durable import write_durably
 from ..modeling.configuration_cmcr import CMCRConfig
+from ..modeling.towers_cmcr import split_source
 
 EVAL_RESULTS = ".eval_results/cmcr_hf.yaml"
 # Role and class of the models that a connection takes as sources, by the `model_type` of their configuration.
@@ -57,9 +60,7 @@ def model_card(
     sources = []
     for space in config.spaces:
         record = (config.sources or {}).get(space) or {}
-        identity = record.get("id", "not recorded")
-        # A folder's path says something of a machine, not of a model.
-        name = Path(identity).name if Path(identity).is_dir() else identity
+        name = public_name(record["id"]) if record.get("id") else "not recorded"
         sources.append(
             {"space": space, "id": name, "revision": record.get("revision"), "licence": licences.get(space)}
         )
@@ -89,6 +90,27 @@ def model_card(
         without_sources=without_sources(config),
         conversion=conversion and _conversion_section(conversion),
     )
+
+
+def is_local(source: Any) -> bool:
+    """Return whether a source is known by a folder or file of the user, and not by a name that others have too."""
+    if not isinstance(source, str):
+        return True
+    prefix, path = split_source(source)
+    if prefix:
+        # A tag of open_clip is no file, which has a suffix.
+        return Path(path).suffix != ""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return path.endswith(".pt")
+
+
+def public_name(source: str) -> str:
+    """Return the name of a source without the folders of the user: they say something of a machine, not of a model."""
+    prefix, path = split_source(source)
+    return prefix + Path(path).name if is_local(source) else source
 
 
 def without_sources(config: CMCRConfig) -> bool:

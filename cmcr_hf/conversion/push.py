@@ -28,18 +28,17 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
 from ..modeling.configuration_cmcr import SPACE_MODALITIES
 from ..modeling.processing_cmcr import CMCRProcessor
-from .hub import EVAL_RESULTS, model_card
+from .hub import EVAL_RESULTS, is_local, model_card, public_name
 
 if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
@@ -211,24 +210,12 @@ def _code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{name.split('.')[0]}.py" for name in named})
 
 
-def _is_local(source: Any) -> bool:
-    """Return whether a source is known by a folder or file of the user, and not by a name that others have too."""
-    name = str(source)
-    if name.startswith("open_clip:"):
-        return Path(name.partition("/")[2]).is_file()
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return True
-    return Path(source).is_dir() or name.endswith(".pt")
-
-
 def _check_sources(config: Mapping[str, Any], name: str) -> None:
     """Check that others can fetch the sources that a connector alone records."""
     if config.get("architectures") != ["CMCRConnector"]:
         return
     for space, record in (config.get("sources") or {}).items():
-        if _is_local(record.get("id")):
+        if is_local(record.get("id")):
             raise ValueError(
                 f"The connector {name} finds its {space} source in {record.get('id')!r}, which nobody else has. "
                 "Push the full model, or connect it with a source from the Hub."
@@ -241,9 +228,9 @@ def _content(folder: Path) -> dict[str, Path | bytes]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = [(record, "id") for record in (config.get("sources") or {}).values()]
     named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
-    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_local(part[key])]
+    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and is_local(part[key])]
     for part, key in paths:
-        part[key] = Path(part[key]).name
+        part[key] = public_name(part[key])
     if paths:
         content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return content

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from transformers import ClapConfig, CLIPConfig, PreTrainedConfig, SiglipConfig, ViTConfig
 
 from cmcr_hf import CMCRConfig, UlipConfig
-from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
+from cmcr_hf.conversion.hub import EVAL_RESULTS, is_local, model_card, public_name, source_card, write_eval_results
 
 TEMPLATE = Path(__file__).parents[2] / "cmcr_hf" / "conversion" / "MODEL_CARD.md"
 
@@ -59,7 +59,6 @@ def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
 
 
 def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp_path: Path) -> None:
-    (tmp_path / "my-clap").mkdir()
     config = CMCRConfig(
         sources={"clip": {"id": "toy/clip", "revision": "0a1b2c"}, "clap": {"id": str(tmp_path / "my-clap")}}
     )
@@ -68,6 +67,23 @@ def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp
     assert "| clap | my-clap | not recorded | not stated |" in card.text
     assert str(tmp_path) not in card.text
     assert card.data.base_model == ["toy/clip"]
+
+
+@pytest.mark.parametrize(
+    ("source", "local", "name"),
+    [
+        ("org/clip", False, "org/clip"),
+        ("gpt2", False, "gpt2"),
+        ("/home/me/models/clap", True, "clap"),
+        ("../models/clap", True, "clap"),
+        ("/home/me/clap.pt", True, "clap.pt"),
+        ("clap.pt", True, "clap.pt"),
+        ("open_clip:ViT-B-32/openai", False, "open_clip:ViT-B-32/openai"),
+        ("open_clip:ViT-B-32//home/me/clip.bin", True, "open_clip:ViT-B-32/clip.bin"),
+    ],
+)
+def test_what_is_local_is_told_by_its_name_and_named_without_its_folder(source: str, local: bool, name: str) -> None:
+    assert (is_local(source), public_name(source)) == (local, name)
 
 
 def section(card: ModelCard, title: str) -> str:
