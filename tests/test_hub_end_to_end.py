@@ -69,7 +69,9 @@ def hub():
 def save(part, processor, folder):
     part.save_pretrained(folder)
     processor.save_pretrained(folder)
-    card = model_card(part.config, repo_id=folder.name, licences={}, synthetic_note="random weights.")
+    card = model_card(
+        part.config, repo_id=folder.name, licences={}, licence="apache-2.0", synthetic_note="random weights."
+    )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 

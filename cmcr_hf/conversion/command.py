@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, ClapProcessor, CLIPProcessor, PreTrained
 
 from cmcr_hf.conversion import convert_cmcr, convert_ex_mcr, convert_ulip
 from cmcr_hf.conversion.checkpoint import Checkpoint
-from cmcr_hf.conversion.hub import model_card, source_card
+from cmcr_hf.conversion.hub import CONVERSION, model_card, source_card
 from cmcr_hf.conversion.proof import Proof
 from cmcr_hf.conversion.push import push_folder
 from cmcr_hf.durable import clear_replacement, replace_folder, temporary_path
@@ -23,7 +23,6 @@ from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.output import CARD, check_writable
 
-RECORD = "conversion.json"
 # Of the mean input of a projector's first BatchNorm with its running mean, both without the bias before it: with the
 # released ulip_clip.pt, 0.92 and more for eight texts of its own source, 0.52 and more for any one text or image, and
 # 0.14 at most through the other head.
@@ -83,7 +82,7 @@ def write(converted: Converted, kind: str, output: Path, *, repo_id: str | None,
     for part in (converted.model, *converted.parts):
         part.save_pretrained(temporary)
     (temporary / CARD).write_text(str(card), encoding="utf-8")
-    (temporary / RECORD).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
+    (temporary / CONVERSION).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
     replace_folder(output)
 
 

@@ -18,6 +18,8 @@ from ..durable import write_durably
 from ..modeling.configuration_cmcr import CMCRConfig
 from ..modeling.towers_cmcr import split_source
 
+# The record of a conversion, beside the card.
+CONVERSION = "conversion.json"
 EVAL_RESULTS = ".eval_results/cmcr_hf.yaml"
 # Role and class of the models that a connection takes as sources, by the `model_type` of their configuration.
 SOURCES = {
@@ -88,7 +90,7 @@ def model_card(
         evaluation_command=evaluation_command,
         synthetic_note=synthetic_note,
         without_sources=without_sources(config),
-        conversion=conversion and _conversion_section(conversion),
+        conversion=conversion and conversion_section(conversion),
     )
 
 
@@ -155,7 +157,7 @@ def source_card(
         siglip=config.model_type == "siglip",
         towers=[modality for modality, name in towers.items() if getattr(config, name) is not None],
         licence=licence,
-        conversion=_conversion_section(conversion),
+        conversion=conversion_section(conversion),
     )
 
 
@@ -203,11 +205,11 @@ def _render(template: str, data: ModelCardData, **variables: Any) -> ModelCard:
     return card
 
 
-def _conversion_section(conversion: Mapping[str, Any]) -> str:
+def conversion_section(conversion: Mapping[str, Any]) -> str:
     """Return what both cards say of a conversion: of what file, and how near its outputs are to the reference's."""
     keys = {"kind", "file", "sha256", "reference", "differences", "bound"}
-    if set(conversion) != keys or not conversion["differences"]:
-        raise ValueError(f"Expected a conversion with the keys {sorted(keys)}, got {sorted(conversion)}.")
+    if not isinstance(conversion, Mapping) or set(conversion) != keys or not conversion["differences"]:
+        raise ValueError(f"Expected a conversion with the keys {sorted(keys)}, got {list(conversion)}.")
     differences, bound = conversion["differences"], conversion["bound"]
     for name, difference in differences.items():
         # A comparison with NaN is false.

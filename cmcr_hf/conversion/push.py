@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -23,7 +22,6 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
-    parse_eval_result_entries,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,23 +31,18 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects
-from safetensors import SafetensorError, safe_open
 
-from ..modeling.configuration_cmcr import SPACE_MODALITIES
-from ..modeling.processing_cmcr import CMCRProcessor
+from .folder import CARD, check_folder, check_sources, folder_files
 from .hub import EVAL_RESULTS, is_local, model_card, public_name
 
 if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
+    from ..modeling.processing_cmcr import CMCRProcessor
 
-CARD = "README.md"
 # Heading of what transformers writes where there is no card, as with the push of a processor.
 EMPTY_CARD = "# Model Card for Model ID"
 # What transformers names weights: whole, or in shards with their index.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# Of version control, caches and a run of Trainer, whose files of these names are pickles.
-LEFT_OUT = [".git", ".git/*", ".cache/*", "*__pycache__/*", "checkpoint-*/*", "*.tmp", "training_args.bin"]
 
 
 def push_folder(
@@ -107,7 +100,7 @@ def push_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
-        _check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
+        check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
         target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
         content = _content(folder)
         found = target.read(CARD) if CARD in target.files else EMPTY_CARD
@@ -125,106 +118,9 @@ def push_model(
         )
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder holds all that loading the model from the Hub takes.
-
-    That is a configuration, whole weights in safetensors files, the preprocessing of its kind, the code that the
-    configuration names, a card, and of a connector alone sources that others can fetch.
-
-    Raises:
-        ValueError: something is missing or damaged; names it.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder {str(folder)!r} to push. Pass one that `cmcr connect` or a conversion wrote."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(config["model_type"])
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} holds no model: it has no config.json. Pass a folder that save_pretrained wrote, such as "
-            "OUTPUT/connector or OUTPUT/model of `cmcr connect`."
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} is damaged, or names no model_type ({error!r}). Save the model anew."
-        ) from error
-    _check_weights(folder)
-    missing = [name for name in _code(config) if not (folder / name).is_file()]
-    # Heads alone, as they are converted, have nothing to prepare; their processor comes with the sources.
-    heads = not config.get("sources") and not any(config.get(f"{space}_config") for space in SPACE_MODALITIES)
-    if kind == "cmcr" and heads:
-        pass
-    elif kind == "cmcr":
-        try:
-            CMCRProcessor.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            text = " ".join(str(error).split())
-            raise ValueError(
-                f"{folder} has no complete processor: {text} Save it there with CMCRProcessor.save_pretrained."
-            ) from error
-    else:
-        # A ULIP has the parts of its towers alone.
-        if (kind != "ulip" or config.get("vision_config")) and not any(
-            (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
-        ):
-            missing.append("preprocessor_config.json")
-        if (kind != "ulip" or config.get("text_config")) and not (folder / "tokenizer_config.json").is_file():
-            missing.append("tokenizer_config.json")
-    if missing:
-        raise ValueError(f"{folder} is not complete: it has no {' and no '.join(missing)}. Save the model anew.")
-    _check_sources(config, str(folder))
-    if not (folder / CARD).is_file():
-        raise ValueError(
-            f"{folder} has no model card. Write {folder / CARD} with a licence in its metadata, or let `cmcr connect` "
-            "or the conversion write it."
-        )
-    for path in (folder / CARD, *folder.glob(".eval_results/*.yaml")):
-        try:
-            text = path.read_text(encoding="utf-8")
-            ModelCard(text) if path.name == CARD else parse_eval_result_entries(yaml.safe_load(text))
-        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The metadata of {path} cannot be read: {reason}. Correct it.") from error
-
-
-def _check_weights(folder: Path) -> None:
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            # Compares what the header says with the size of the file.
-            with safe_open(folder / name, framework="np"):
-                pass
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no weights: {name} is missing. Save the model anew.") from error
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"The weights in {folder} are damaged: {error!r}. Save the model anew.") from error
-
-
-def _code(config: Mapping[str, Any]) -> list[str]:
-    """Return the files of code that a configuration names, of its own repository."""
-    named = [name for name in (config.get("auto_map") or {}).values() if isinstance(name, str) and "--" not in name]
-    return sorted({f"{name.split('.')[0]}.py" for name in named})
-
-
-def _check_sources(config: Mapping[str, Any], name: str) -> None:
-    """Check that others can fetch the sources that a connector alone records."""
-    if config.get("architectures") != ["CMCRConnector"]:
-        return
-    for space, record in (config.get("sources") or {}).items():
-        if is_local(record.get("id")):
-            raise ValueError(
-                f"The connector {name} finds its {space} source in {record.get('id')!r}, which nobody else has. "
-                "Push the full model, or connect it with a source from the Hub."
-            )
-
-
 def _content(folder: Path) -> dict[str, Path | bytes]:
     """Return what of a folder is pushed: all, but of the paths of sources in the configuration the last part alone."""
-    content: dict[str, Path | bytes] = dict(_files(folder))
+    content: dict[str, Path | bytes] = dict(folder_files(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = [(record, "id") for record in (config.get("sources") or {}).values()]
     named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
@@ -234,11 +130,6 @@ def _content(folder: Path) -> dict[str, Path | bytes]:
     if paths:
         content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return content
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=LEFT_OUT)}
 
 
 def _with_name(card: str, repo_id: str) -> str:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
+from cmcr_hf.conversion.folder import check_folder
 from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
-from cmcr_hf.conversion.push import check_folder, push_folder
+from cmcr_hf.conversion.push import push_folder
 from tests.hub_server import READER, WRITER, Fault, LocalHub, Repository
 
 NAME = "org/cmcr-clip-clap"
@@ -337,6 +338,17 @@ def edit_config(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def link(folder, name, target):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -368,6 +380,31 @@ def write_results(folder, text):
         (lambda folder: (folder / "modeling_cmcr.py").unlink(), "is not complete: it has no modeling_cmcr.py"),
         (lambda folder: (folder / "README.md").unlink(), "has no model card. Write .*README.md"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "metadata of .*README.md cannot be r"),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.pop("connector.logit_scale")),
+            r"not those of its config.json: connector.logit_scale is missing, expected \(\) \(1 differ\)",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.update(extra=torch.zeros(2))),
+            r"not those of its config.json: extra is \(2,\), expected none",
+        ),
+        (
+            lambda folder: edit_config(folder, projection_dim=16),
+            r"not those of its config.json: connector.projectors\S+ is \(8,\), expected \(16,\)",
+        ),
+        (lambda folder: edit_config(folder, projection_dim=-1), "config.json makes no model: .*projection_dim"),
+        (lambda folder: (folder / "modeling_cmcr.py").write_text(""), "modeling_cmcr.py is not .* of the installed"),
+        (lambda folder: (folder / "losses_cmcr.py").write_text("1"), "losses_cmcr.py is not .* Save the model anew"),
+        (lambda folder: (folder / "losses_cmcr.py").unlink(), "is not complete: it has no losses_cmcr.py"),
+        (lambda folder: (folder / "README.md").write_text(""), "The model card .*README.md is empty"),
+        (lambda folder: (folder / "README.md").write_text("---\nlicense: mit\n---\n"), "README.md is empty"),
+        (lambda folder: (folder / "pytorch_model.bin").write_text("x"), "pytorch_model.bin in .* is a pickle"),
+        (lambda folder: (folder / "clap_tokenizer" / "a.pkl").write_text("x"), "clap_tokenizer/a.pkl in .* is a p"),
+        (lambda folder: link(folder, "notes.txt", "/etc/hosts"), "notes.txt in .* is a link to /etc/hosts"),
+        (lambda folder: link(folder, "notes.txt", "absent"), "notes.txt in .* is a link to absent"),
+        (lambda folder: link(folder, "more", "/etc"), "more in .* is a link to /etc"),
+        (lambda folder: (folder / "conversion.json").write_text("{"), "metadata of .*conversion.json cannot be read"),
+        (lambda folder: (folder / "conversion.json").write_text("[]"), "conversion.json cannot be .* with the keys"),
         (lambda folder: write_results(folder, "- value: 3"), "metadata of .*mine.yaml cannot be read"),
         (lambda folder: write_results(folder, "a: ["), "metadata of .*mine.yaml cannot be read"),
     ],
@@ -380,6 +417,22 @@ def test_a_folder_that_is_not_complete_is_refused_before_any_request(hub, folder
             push_folder(folder, NAME)
     assert "\n" not in str(caught.value)
     assert hub.requests == []
+
+
+def test_a_link_within_the_folder_is_pushed_as_a_file(hub, folder):
+    link(folder, "LICENSE", "README.md")
+    push_folder(folder, NAME)
+    assert hub.repositories[NAME].files["LICENSE"] == (folder / "README.md").read_bytes()
+
+
+def test_a_card_without_a_licence_is_warned_of(folder, monkeypatch):
+    lines = []
+    monkeypatch.setattr("cmcr_hf.conversion.folder.logger.warning", lines.append)
+    check_folder(folder)
+    assert lines == []
+    (folder / "README.md").write_text("# A model\n")
+    check_folder(folder)
+    assert [line.split(" names ")[1][:11] for line in lines] == ["no licence."]
 
 
 def test_a_connector_whose_source_is_a_folder_is_refused(hub, folder, tiny_clip, tmp_path):
