@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -57,8 +59,9 @@ def model_card(
         conversion: of projectors that were not trained here, as for [`source_card`].
 
     Raises:
-        ValueError: the conversion lacks a key, or a difference exceeds its bound.
+        ValueError: the licence is no identifier, the conversion lacks a key, or a difference exceeds its bound.
     """
+    check_licence(licence)
     sources = []
     for space in config.spaces:
         record = (config.sources or {}).get(space) or {}
@@ -70,7 +73,8 @@ def model_card(
     ids = [str(source["id"]) for source in sources]
     on_the_hub = [name for name in ids if name.count("/") == 1 and ":" not in name]
     # The pipelines of that name take the model, as the Hub's filters by task tell.
-    tasks = ["zero-shot-image-classification"] if "clip" in config.spaces else []
+    heads = without_sources(config)
+    tasks = ["zero-shot-image-classification"] if "clip" in config.spaces and not heads else []
     data = ModelCardData(
         license=licence,
         library_name="transformers",
@@ -89,9 +93,18 @@ def model_card(
         results=list(results),
         evaluation_command=evaluation_command,
         synthetic_note=synthetic_note,
-        without_sources=without_sources(config),
+        without_sources=heads,
         conversion=conversion and conversion_section(conversion),
     )
+
+
+def check_licence(licence: str | None) -> None:
+    """Check that the Hub takes a licence into the metadata of a card: an identifier, or `None` for none stated."""
+    if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise ValueError(
+            f"Expected a licence of lower-case letters, digits, dots and hyphens, got {licence!r}. Name the licence "
+            "as the Hub does, such as apache-2.0."
+        )
 
 
 def is_local(source: Any) -> bool:
@@ -133,9 +146,10 @@ def source_card(
             `bound` that these keep.
 
     Raises:
-        ValueError: the conversion lacks a key, a difference exceeds its bound, or the configuration is of another
-            model.
+        ValueError: the licence is no identifier, the conversion lacks a key, a difference exceeds its bound, or the
+            configuration is of another model.
     """
+    check_licence(licence)
     if config.model_type not in SOURCES:
         raise ValueError(
             f"Expected the configuration of one of {list(SOURCES)}, got {config.model_type!r}. Write its card by hand."
@@ -199,7 +213,15 @@ def write_eval_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> Pa
     return path
 
 
-def _render(template: str, data: ModelCardData, **variables: Any) -> ModelCard:
+def quoted(name: str) -> str:
+    """Return a name as a string of Python."""
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _render(template: str, data: ModelCardData, *, repo_id: str, **variables: Any) -> ModelCard:
+    # A folder may have any name, a heading is one line.
+    name = "".join(character if character.isprintable() else " " for character in repo_id).strip()
+    variables |= {"repo_id": name, "quoted": quoted(name)}
     with as_file(files("cmcr_hf") / "conversion" / template) as path:
         card: ModelCard = ModelCard.from_template(data, template_path=str(path), **variables)
     return card

@@ -15,6 +15,8 @@ CLIP = {"space": "clip", "id": "toy/clip", "revision": "0a1b2c", "licence": "MIT
 CLAP = {"space": "clap", "id": "toy/clap", "revision": None, "licence": None}
 ULIP = {"space": "ulip", "id": "toy/ulip", "revision": "3d4e5f", "licence": "BSD-3-Clause"}
 
+NAMES = {"repo_id": "toy/cmcr", "quoted": '"toy/cmcr"'}
+
 OPTIONAL: dict[str, Any] = {
     "training_data": [{"name": "toy captions", "role": "overlap texts", "rows": 1200, "licence": "CC0"}],
     "training": {
@@ -55,7 +57,7 @@ The same inputs through the reference and through this model differ by at most 1
 
 def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
     data = ModelCardData(license="apache-2.0", library_name="cmcr_hf", tags=["toy"])
-    return ModelCard.from_template(data, template_path=str(TEMPLATE), repo_id="toy/cmcr", sources=sources, **variables)
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **NAMES, sources=sources, **variables)
 
 
 def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp_path: Path) -> None:
@@ -168,7 +170,29 @@ def test_the_metadata_names_tasks_and_data_sets_that_the_hub_knows() -> None:
         "feature-extraction",
         ["toy/texts"],
     )
-    assert data.tags == ["c-mcr", "cmcr_hf", "clip", "clap", "zero-shot-image-classification"]
+    assert data.tags == ["c-mcr", "cmcr_hf", "clip", "clap"]
+
+
+def test_the_card_of_heads_alone_says_once_that_they_come_without_source_encoders() -> None:
+    card = model_card(CMCRConfig(), repo_id="toy/heads", licences={}, licence="cc-by-4.0")
+    assert section(card, "Source encoders") == "Not part of this repository."
+    assert section(card, "Licence of every part").splitlines()[3:5] == [
+        "| projectors | cc-by-4.0 |",
+        "| source encoders | not part of this repository |",
+    ]
+    assert "not recorded" not in card.text
+    sources = {space: {"id": f"toy/{space}"} for space in ("clip", "clap")}
+    whole = model_card(CMCRConfig(sources=sources), repo_id="toy/cmcr", licences={})
+    assert whole.data.tags == ["c-mcr", "cmcr_hf", "clip", "clap", "zero-shot-image-classification"]
+
+
+@pytest.mark.parametrize("licence", ["foo licence", "MIT", "", "cc by"])
+def test_a_licence_that_the_hub_does_not_know_is_refused(licence: str) -> None:
+    message = f"got '{licence}'. Name the licence as the Hub does, such as apache-2.0"
+    with pytest.raises(ValueError, match=message):
+        model_card(CMCRConfig(), repo_id="toy/cmcr", licences={}, licence=licence)
+    with pytest.raises(ValueError, match=message):
+        source_card(ClapConfig(), repo_id="toy/clap", licence=licence, conversion=CONVERSION)
 
 
 @pytest.mark.parametrize(
