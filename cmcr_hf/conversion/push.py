@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,14 +27,16 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from .folder import CARD, check_folder, check_sources, folder_files
-from .hub import EVAL_RESULTS, is_local, model_card, public_name
+from .hub import EVAL_RESULTS, is_local, model_card, public_name, quoted
 
 if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
@@ -73,10 +76,32 @@ def push_folder(
     """
     folder = Path(folder)
     check_folder(folder)
-    target = _open(repo_id, private=private, revision=revision, token=token)
+    options = [*(["--private"] if private else []), *([] if revision is None else ["--revision", revision])]
+    again = f"`{shlex.join(['cmcr', 'push', str(folder), repo_id, *options])}`"
+    target = _open(repo_id, private=private, revision=revision, token=token, again=again)
     content = _content(folder)
     content[CARD] = _with_name((folder / CARD).read_text(encoding="utf-8"), target.repo_id).encode()
     return target.commit(content, message or f"Push {folder.resolve().name}", _is_ours)
+
+
+def check_target(repo_id: str, token: bool | str | None = None) -> None:
+    """Check what can be known of a push before the work that makes the folder: name, token, and that the Hub answers.
+
+    Raises:
+        ValueError: the name is none of the Hub's.
+        OSError: there is no token, the Hub does not take it, or it cannot be reached; says why and what to do.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repository as ORG/NAME, got {repo_id!r}: {error}") from error
+    with _explained(repo_id):
+        user = HfApi(token=token).whoami()
+    if user["auth"]["accessToken"]["role"] == "read":
+        raise OSError(
+            f"Your token may read alone. Make one that may write at {constants.ENDPOINT}/settings/tokens and run "
+            "`hf auth login`."
+        )
 
 
 def push_model(
@@ -134,10 +159,11 @@ def _content(folder: Path) -> dict[str, Path | bytes]:
 
 def _with_name(card: str, repo_id: str) -> str:
     """Return a card that was made for a folder, by the name in its heading, for a repository."""
-    heading = re.search(r"^# ([\w.-]+)$", card, re.MULTILINE)
-    if heading is None:
+    heading = re.search(r"^# ([^/\n]+)$", card, re.MULTILINE)
+    # Of a card by hand, the heading is no name that the code in it loads.
+    if heading is None or not any(f"{before}{quoted(heading[1])}" in card for before in "(="):
         return card
-    return card.replace(f"\n# {heading[1]}\n", f"\n# {repo_id}\n").replace(f'"{heading[1]}"', f'"{repo_id}"')
+    return card.replace(f"\n# {heading[1]}\n", f"\n# {repo_id}\n").replace(quoted(heading[1]), quoted(repo_id))
 
 
 def _is_ours(name: str) -> bool:
@@ -155,9 +181,10 @@ class _Target:
     head: str
     files: list[str]
     create_pr: bool
+    again: str
 
     def read(self, name: str) -> str:
-        with _explained(self.repo_id), tempfile.TemporaryDirectory() as folder:
+        with _explained(self.repo_id, self.again), tempfile.TemporaryDirectory() as folder:
             path = self.api.hf_hub_download(self.repo_id, name, revision=self.head, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
 
@@ -170,7 +197,7 @@ class _Target:
     ) -> CommitInfo:
         """Commit files, and delete those of the others that are stale."""
         stale = [name for name in self.files if name not in content and is_stale(name)]
-        with _explained(self.repo_id):
+        with _explained(self.repo_id, self.again):
             return self.api.create_commit(
                 self.repo_id,
                 [
@@ -193,10 +220,11 @@ def _open(
     revision: str | None,
     token: bool | str | None,
     create_pr: bool = False,
+    again: str = "the same again",
 ) -> _Target:
     """Create a repository and a branch where they are missing, and look at what they hold."""
     api = HfApi(token=token)
-    with _explained(repo_id):
+    with _explained(repo_id, again):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -207,20 +235,26 @@ def _open(
                 "push to another name."
             )
         files = api.list_repo_files(repo_id, revision=info.sha)
-    return _Target(api, repo_id, revision, str(info.sha), files, create_pr)
+    return _Target(api, repo_id, revision, str(info.sha), files, create_pr, again)
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises of the Hub and of the connection into one sentence that says what to do."""
+def _explained(repo_id: str, again: str | None = None) -> Iterator[None]:
+    """Turn what the client raises of the Hub and of the connection into one line that says what to do.
+
+    Args:
+        again: what to run to go on.
+    """
+    rest = "" if again is None else f" To go on, run {again}."
     try:
         yield
     except (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, RuntimeError) as error:
-        # That of one file is the cause of the client's own error.
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        raise OSError(_explanation(cause, repo_id)) from error
+        # That of one file, and of a token, is the cause of the client's own error.
+        wrapped = isinstance(error.__cause__, HfHubHTTPError) or type(error) is RuntimeError
+        cause = error.__cause__ if wrapped and error.__cause__ is not None else error
+        raise OSError(_explanation(cause, repo_id) + rest) from error
     except json.JSONDecodeError as error:
-        raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.") from error
+        raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.{rest}") from error
 
 
 def _explanation(error: BaseException, repo_id: str) -> str:
@@ -230,8 +264,8 @@ def _explanation(error: BaseException, repo_id: str) -> str:
         return "You are not logged in. Run `hf auth login`, or set HF_TOKEN."
     if not isinstance(error, HfHubHTTPError):
         return (
-            f"The connection to {constants.ENDPOINT} broke ({type(error).__name__}: {error}). Run the same again: "
-            "what was uploaded is not sent twice."
+            f"The connection to {constants.ENDPOINT} broke ({type(error).__name__}: {error}). What was uploaded is "
+            "not sent twice."
         )
     status, said = error.response.status_code, error.server_message or "no reason given"
     if isinstance(error, GatedRepoError):
@@ -248,11 +282,9 @@ def _explanation(error: BaseException, repo_id: str) -> str:
     if status == 404:
         return f"There is no {repo_id} that your token may see (404). Check the name, or run `hf auth login`."
     if status in (409, 412):
-        return (
-            f"{repo_id} changed while it was pushed to ({status}). Look at its latest commit, then run the same again."
-        )
+        return f"{repo_id} changed while it was pushed to ({status}). Look at its latest commit."
     if status == 429:
-        return "The Hub has had too many requests of yours (429). Wait some minutes, then run the same again."
+        return "The Hub has had too many requests of yours (429). Wait some minutes."
     if status >= 500:
-        return f"The Hub is in trouble ({status}). Run the same again later; https://status.huggingface.co tells more."
-    return f"The Hub refuses the push to {repo_id} ({status}): {said}"
+        return f"The Hub is in trouble ({status}). https://status.huggingface.co tells more."
+    return f"The Hub refuses the push to {repo_id} ({status}): {said.rstrip('.')}."

@@ -19,7 +19,7 @@ from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
 from cmcr_hf.conversion.folder import check_folder
 from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
-from cmcr_hf.conversion.push import push_folder
+from cmcr_hf.conversion.push import check_target, push_folder
 from tests.hub_server import READER, WRITER, Fault, LocalHub, Repository
 
 NAME = "org/cmcr-clip-clap"
@@ -110,6 +110,17 @@ def test_the_card_of_a_folder_names_the_repository_in_it(hub, folder):
     assert "cmcr-tiny" not in card.text
     assert card.data.license == "apache-2.0"
     assert 'from_pretrained("cmcr-tiny")' in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["my model", "modèle ü", 'a"b', "a\nb", "a\\b", "cmcr.1"])
+def test_the_card_of_a_folder_of_any_name_is_python_and_names_the_repository_once_pushed(hub, folder, name):
+    config = CMCRConfig.from_pretrained(folder)
+    card = model_card(config, repo_id=name, licences={})
+    compile(card.text.split("```python\n")[1].split("```")[0], "usage", "exec")
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    push_folder(folder, NAME)
+    pushed = ModelCard(hub.repositories[NAME].files["README.md"].decode())
+    assert str(pushed) == str(model_card(config, repo_id=NAME, licences={}))
 
 
 def test_a_card_of_another_heading_is_pushed_as_it_is(hub, folder):
@@ -220,7 +231,7 @@ def test_a_push_that_breaks_changes_nothing_and_the_next_one_completes_it(hub, f
         model.connector.logit_scale += 1
     model.save_pretrained(folder)
     hub.faults = [Fault(request_, times=99, after=100)]
-    with pytest.raises(OSError, match=r"The connection to .* broke .* Run the same again"):
+    with pytest.raises(OSError, match=rf"The connection to .* broke .* To go on, run `cmcr push .* {NAME}`\."):
         push_folder(folder, NAME)
     assert commits(hub) == 2
     assert hub.repositories[NAME].files is before
@@ -262,7 +273,7 @@ def test_the_client_tries_again_where_the_hub_is_busy_or_the_line_is_cut(hub, fo
     ("request_", "status", "message"),
     [
         (COMMIT, 429, r"too many requests of yours \(429\)\. Wait"),
-        (COMMIT, 503, r"The Hub is in trouble \(503\)\. Run the same again later"),
+        (COMMIT, 503, r"The Hub is in trouble \(503\)\. .* To go on, run `cmcr push .*`\."),
         (COMMIT, 412, r"changed while it was pushed to \(412\)"),
         (COMMIT, 413, r"The Hub refuses the push to .* \(413\)"),
         (r"POST /api/repos/create", 502, r"in trouble \(502\)"),
@@ -316,6 +327,33 @@ def test_a_token_that_may_only_read_is_told_from_none(hub, folder):
         with pytest.raises(OSError, match=rf"Your token may not write to {name} \(403"):
             push_folder(folder, name, token=READER)
     assert commits(hub) == 2
+
+
+def test_what_speaks_against_a_push_is_known_before_the_work(hub, monkeypatch):
+    check_target(NAME)
+    with pytest.raises(ValueError, match="Expected a repository as ORG/NAME, got 'a b/c'"):
+        check_target("a b/c")
+    with pytest.raises(OSError, match=r"may read alone\. Make one .* run `hf auth login`\.$"):
+        check_target(NAME, token=READER)
+    with pytest.raises(OSError, match=r"\(401\)\. Run `hf auth login`, or set HF_TOKEN\.$"):
+        check_target(NAME, token="hf_wrong")
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    with pytest.raises(OSError, match=r"You are not logged in\. Run `hf auth login`, or set HF_TOKEN\.$"):
+        check_target(NAME)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        check_target(NAME, token=WRITER)
+    assert hub.repositories == {}
+
+
+def test_a_broken_push_names_the_command_that_goes_on_with_its_options(hub, folder, waits):
+    hub.faults = [Fault(r"POST /api/repos/create", 503, times=99)]
+    spaced = folder.rename(folder.parent / "my model")
+    with pytest.raises(OSError, match=rf"run `cmcr push '{spaced}' {NAME} --private --revision v2`\.$"):
+        push_folder(spaced, NAME, private=True, revision="v2")
+    with pytest.raises(OSError, match=r"To go on, run the same again\.$"):
+        CMCRModel.from_pretrained(spaced).push_to_hub(NAME)
 
 
 def test_offline_the_hub_is_not_asked(hub, folder, monkeypatch):
