@@ -247,7 +247,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self, body: bytes) -> None:
         if self._known():
-            self._json({"name": OWNER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+            self._json(
+                {
+                    "name": OWNER,
+                    "type": "user",
+                    "orgs": [],
+                    "auth": {"accessToken": {"role": "write" if self._token == WRITER else "read"}},
+                }
+            )
 
     def create(self, body: bytes) -> None:
         if not self._known(write=True):

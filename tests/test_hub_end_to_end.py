@@ -69,7 +69,9 @@ def hub():
 def save(part, processor, folder):
     part.save_pretrained(folder)
     processor.save_pretrained(folder)
-    card = model_card(part.config, repo_id=folder.name, licences={}, synthetic_note="random weights.")
+    card = model_card(
+        part.config, repo_id=folder.name, licences={}, licence="apache-2.0", synthetic_note="random weights."
+    )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 
@@ -312,6 +314,29 @@ with torch.no_grad():
     with torch.no_grad():
         expected = UlipModel.from_pretrained(tiny_ulip).get_point_cloud_features(clouds).pooler_output
     assert torch.equal(load_file(tmp_path / "home" / "embeds.safetensors")["clouds"], expected)
+
+
+def test_a_connector_with_a_ulip_is_loaded_without_the_package_and_without_a_question(
+    hub, tiny_clip, tiny_text_ulip, tmp_path
+):
+    sources = {"clip": tiny_clip, "ulip": tiny_text_ulip}
+    model = CMCRModel.from_sources_pretrained(**sources, config={"projection_dim": 8})
+    processor = CMCRProcessor.from_sources_pretrained(**sources)
+    model.record_fingerprints(processor)
+    model.config.sources = {
+        space: {"id": f"toy/{space}", "revision": hub.add(f"toy/{space}", folder)} for space, folder in sources.items()
+    }
+    save(model.connector, processor, tmp_path / "connector")
+    hub.add("toy/connector", tmp_path / "connector")
+    code = f"""{WITHOUT_THE_PACKAGE}
+import builtins
+def ask(prompt):
+    raise RuntimeError(f"asked: {{prompt}}")
+builtins.input = ask
+from transformers import AutoModel
+print(AutoModel.from_pretrained("toy/connector", trust_remote_code=True).config.sources["ulip"]["id"])
+"""
+    assert run(code, environment=hub.environment(tmp_path / "home")).stdout.endswith("toy/ulip\n")
 
 
 def test_push_to_hub_needs_the_package_and_says_so(hub, pushed, tmp_path):

@@ -15,16 +15,15 @@ from transformers import AutoTokenizer, ClapProcessor, CLIPProcessor, PreTrained
 
 from cmcr_hf.conversion import convert_cmcr, convert_ex_mcr, convert_ulip
 from cmcr_hf.conversion.checkpoint import Checkpoint
-from cmcr_hf.conversion.hub import model_card, source_card
+from cmcr_hf.conversion.hub import CONVERSION, check_licence, model_card, source_card
 from cmcr_hf.conversion.proof import Proof
-from cmcr_hf.conversion.push import push_folder
+from cmcr_hf.conversion.push import check_target, push_folder
 from cmcr_hf.durable import new_folder
 from cmcr_hf.modeling.configuration_cmcr import SPACE_MODALITIES, CMCRConfig
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.output import CARD, check_writable
 
-RECORD = "conversion.json"
 # Of the mean input of a projector's first BatchNorm with its running mean, both without the bias before it: with the
 # released ulip_clip.pt, 0.92 and more for eight texts of its own source, 0.52 and more for any one text or image, and
 # 0.14 at most through the other head.
@@ -52,6 +51,10 @@ def convert(arguments: argparse.Namespace, report: Callable[[str], None]) -> Non
     check_writable(output)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is not empty. Name a new one as --output, or delete it.")
+    check_licence(arguments.licence)
+    if arguments.push is not None:
+        # What is wrong with it is not to be found behind the work.
+        check_target(arguments.push)
     # The folder takes its name in its parent.
     check_writable(Path(os.path.realpath(output)).parent)
     try:
@@ -67,13 +70,8 @@ def convert(arguments: argparse.Namespace, report: Callable[[str], None]) -> Non
         report(f"  {name}  {difference:.1e}")
     write(converted, arguments.kind, output, repo_id=arguments.push, licence=arguments.licence)
     report(f"Load it: {type(converted.model).__name__}.from_pretrained({str(output)!r})")
-    if arguments.push:
-        try:
-            report(f"Pushed: {push_folder(output, arguments.push)}")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{error} The model is in {output}: once that is settled, run cmcr push {output} {arguments.push}."
-            ) from error
+    if arguments.push is not None:
+        report(f"Pushed: {push_folder(output, arguments.push)}")
 
 
 def write(converted: Converted, kind: str, output: Path, *, repo_id: str | None, licence: str | None) -> None:
@@ -94,7 +92,7 @@ def write(converted: Converted, kind: str, output: Path, *, repo_id: str | None,
         for part in (converted.model, *converted.parts):
             part.save_pretrained(folder)
         (folder / CARD).write_text(str(card), encoding="utf-8")
-        (folder / RECORD).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
+        (folder / CONVERSION).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_cmcr(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -10,11 +12,16 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from ..durable import write_durably
 from ..modeling.configuration_cmcr import CMCRConfig
+from ..modeling.towers_cmcr import split_source
 
+# The record of a conversion, beside the card.
+CONVERSION = "conversion.json"
 EVAL_RESULTS = ".eval_results/cmcr_hf.yaml"
 # Role and class of the models that a connection takes as sources, by the `model_type` of their configuration.
 SOURCES = {
@@ -52,14 +59,13 @@ def model_card(
         conversion: of projectors that were not trained here, as for [`source_card`].
 
     Raises:
-        ValueError: the conversion lacks a key, or a difference exceeds its bound.
+        ValueError: the licence is no identifier, the conversion lacks a key, or a difference exceeds its bound.
     """
+    check_licence(licence)
     sources = []
     for space in config.spaces:
         record = (config.sources or {}).get(space) or {}
-        identity = record.get("id", "not recorded")
-        # A folder's path says something of a machine, not of a model.
-        name = Path(identity).name if Path(identity).is_dir() else identity
+        name = public_name(record["id"]) if record.get("id") else "not recorded"
         sources.append(
             {"space": space, "id": name, "revision": record.get("revision"), "licence": licences.get(space)}
         )
@@ -67,7 +73,8 @@ def model_card(
     ids = [str(source["id"]) for source in sources]
     on_the_hub = [name for name in ids if name.count("/") == 1 and ":" not in name]
     # The pipelines of that name take the model, as the Hub's filters by task tell.
-    tasks = ["zero-shot-image-classification"] if "clip" in config.spaces else []
+    heads = without_sources(config)
+    tasks = ["zero-shot-image-classification"] if "clip" in config.spaces and not heads else []
     data = ModelCardData(
         license=licence,
         library_name="transformers",
@@ -86,9 +93,39 @@ def model_card(
         results=list(results),
         evaluation_command=evaluation_command,
         synthetic_note=synthetic_note,
-        without_sources=without_sources(config),
-        conversion=conversion and _conversion_section(conversion),
+        without_sources=heads,
+        conversion=conversion and conversion_section(conversion),
     )
+
+
+def check_licence(licence: str | None) -> None:
+    """Check that the Hub takes a licence into the metadata of a card: an identifier, or `None` for none stated."""
+    if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise ValueError(
+            f"Expected a licence of lower-case letters, digits, dots and hyphens, got {licence!r}. Name the licence "
+            "as the Hub does, such as apache-2.0."
+        )
+
+
+def is_local(source: Any) -> bool:
+    """Return whether a source is known by a folder or file of the user, and not by a name that others have too."""
+    if not isinstance(source, str):
+        return True
+    prefix, path = split_source(source)
+    if prefix:
+        # A tag of open_clip is no file, which has a suffix.
+        return Path(path).suffix != ""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return path.endswith(".pt")
+
+
+def public_name(source: str) -> str:
+    """Return the name of a source without the folders of the user: they say something of a machine, not of a model."""
+    prefix, path = split_source(source)
+    return prefix + Path(path).name if is_local(source) else source
 
 
 def without_sources(config: CMCRConfig) -> bool:
@@ -109,9 +146,10 @@ def source_card(
             `bound` that these keep.
 
     Raises:
-        ValueError: the conversion lacks a key, a difference exceeds its bound, or the configuration is of another
-            model.
+        ValueError: the licence is no identifier, the conversion lacks a key, a difference exceeds its bound, or the
+            configuration is of another model.
     """
+    check_licence(licence)
     if config.model_type not in SOURCES:
         raise ValueError(
             f"Expected the configuration of one of {list(SOURCES)}, got {config.model_type!r}. Write its card by hand."
@@ -133,7 +171,7 @@ def source_card(
         siglip=config.model_type == "siglip",
         towers=[modality for modality, name in towers.items() if getattr(config, name) is not None],
         licence=licence,
-        conversion=_conversion_section(conversion),
+        conversion=conversion_section(conversion),
     )
 
 
@@ -175,17 +213,25 @@ def write_eval_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> Pa
     return path
 
 
-def _render(template: str, data: ModelCardData, **variables: Any) -> ModelCard:
+def quoted(name: str) -> str:
+    """Return a name as a string of Python."""
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _render(template: str, data: ModelCardData, *, repo_id: str, **variables: Any) -> ModelCard:
+    # A folder may have any name, a heading is one line.
+    name = "".join(character if character.isprintable() else " " for character in repo_id).strip()
+    variables |= {"repo_id": name, "quoted": quoted(name)}
     with as_file(files("cmcr_hf") / "conversion" / template) as path:
         card: ModelCard = ModelCard.from_template(data, template_path=str(path), **variables)
     return card
 
 
-def _conversion_section(conversion: Mapping[str, Any]) -> str:
+def conversion_section(conversion: Mapping[str, Any]) -> str:
     """Return what both cards say of a conversion: of what file, and how near its outputs are to the reference's."""
     keys = {"kind", "file", "sha256", "reference", "differences", "bound"}
-    if set(conversion) != keys or not conversion["differences"]:
-        raise ValueError(f"Expected a conversion with the keys {sorted(keys)}, got {sorted(conversion)}.")
+    if not isinstance(conversion, Mapping) or set(conversion) != keys or not conversion["differences"]:
+        raise ValueError(f"Expected a conversion with the keys {sorted(keys)}, got {list(conversion)}.")
     differences, bound = conversion["differences"], conversion["bound"]
     for name, difference in differences.items():
         # A comparison with NaN is false.

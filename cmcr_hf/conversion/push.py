@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -23,7 +23,6 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
-    parse_eval_result_entries,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -34,23 +33,19 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils import validate_repo_id
 
-from ..modeling.configuration_cmcr import SPACE_MODALITIES
-from ..modeling.processing_cmcr import CMCRProcessor
-from .hub import EVAL_RESULTS, model_card
+from .folder import CARD, check_folder, check_sources, folder_files
+from .hub import EVAL_RESULTS, is_local, model_card, public_name, quoted
 
 if TYPE_CHECKING:
     from ..modeling.modeling_cmcr import CMCRPreTrainedModel
+    from ..modeling.processing_cmcr import CMCRProcessor
 
-CARD = "README.md"
 # Heading of what transformers writes where there is no card, as with the push of a processor.
 EMPTY_CARD = "# Model Card for Model ID"
 # What transformers names weights: whole, or in shards with their index.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# Of version control, caches and a run of Trainer, whose files of these names are pickles.
-LEFT_OUT = [".git", ".git/*", ".cache/*", "*__pycache__/*", "checkpoint-*/*", "*.tmp", "training_args.bin"]
 
 
 def push_folder(
@@ -81,10 +76,32 @@ def push_folder(
     """
     folder = Path(folder)
     check_folder(folder)
-    target = _open(repo_id, private=private, revision=revision, token=token)
+    options = [*(["--private"] if private else []), *([] if revision is None else ["--revision", revision])]
+    again = f"`{shlex.join(['cmcr', 'push', str(folder), repo_id, *options])}`"
+    target = _open(repo_id, private=private, revision=revision, token=token, again=again)
     content = _content(folder)
     content[CARD] = _with_name((folder / CARD).read_text(encoding="utf-8"), target.repo_id).encode()
     return target.commit(content, message or f"Push {folder.resolve().name}", _is_ours)
+
+
+def check_target(repo_id: str, token: bool | str | None = None) -> None:
+    """Check what can be known of a push before the work that makes the folder: name, token, and that the Hub answers.
+
+    Raises:
+        ValueError: the name is none of the Hub's.
+        OSError: there is no token, the Hub does not take it, or it cannot be reached; says why and what to do.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"Expected a repository as ORG/NAME, got {repo_id!r}: {error}") from error
+    with _explained(repo_id):
+        user = HfApi(token=token).whoami()
+    if user["auth"]["accessToken"]["role"] == "read":
+        raise OSError(
+            f"Your token may read alone. Make one that may write at {constants.ENDPOINT}/settings/tokens and run "
+            "`hf auth login`."
+        )
 
 
 def push_model(
@@ -108,7 +125,7 @@ def push_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
-        _check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
+        check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
         target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
         content = _content(folder)
         found = target.read(CARD) if CARD in target.files else EMPTY_CARD
@@ -126,140 +143,27 @@ def push_model(
         )
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder holds all that loading the model from the Hub takes.
-
-    That is a configuration, whole weights in safetensors files, the preprocessing of its kind, the code that the
-    configuration names, a card, and of a connector alone sources that others can fetch.
-
-    Raises:
-        ValueError: something is missing or damaged; names it.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder {str(folder)!r} to push. Pass one that `cmcr connect` or a conversion wrote."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(config["model_type"])
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} holds no model: it has no config.json. Pass a folder that save_pretrained wrote, such as "
-            "OUTPUT/connector or OUTPUT/model of `cmcr connect`."
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} is damaged, or names no model_type ({error!r}). Save the model anew."
-        ) from error
-    _check_weights(folder)
-    missing = [name for name in _code(config) if not (folder / name).is_file()]
-    # Heads alone, as they are converted, have nothing to prepare; their processor comes with the sources.
-    heads = not config.get("sources") and not any(config.get(f"{space}_config") for space in SPACE_MODALITIES)
-    if kind == "cmcr" and heads:
-        pass
-    elif kind == "cmcr":
-        try:
-            CMCRProcessor.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            text = " ".join(str(error).split())
-            raise ValueError(
-                f"{folder} has no complete processor: {text} Save it there with CMCRProcessor.save_pretrained."
-            ) from error
-    else:
-        # A ULIP has the parts of its towers alone.
-        if (kind != "ulip" or config.get("vision_config")) and not any(
-            (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
-        ):
-            missing.append("preprocessor_config.json")
-        if (kind != "ulip" or config.get("text_config")) and not (folder / "tokenizer_config.json").is_file():
-            missing.append("tokenizer_config.json")
-    if missing:
-        raise ValueError(f"{folder} is not complete: it has no {' and no '.join(missing)}. Save the model anew.")
-    _check_sources(config, str(folder))
-    if not (folder / CARD).is_file():
-        raise ValueError(
-            f"{folder} has no model card. Write {folder / CARD} with a licence in its metadata, or let `cmcr connect` "
-            "or the conversion write it."
-        )
-    for path in (folder / CARD, *folder.glob(".eval_results/*.yaml")):
-        try:
-            text = path.read_text(encoding="utf-8")
-            ModelCard(text) if path.name == CARD else parse_eval_result_entries(yaml.safe_load(text))
-        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The metadata of {path} cannot be read: {reason}. Correct it.") from error
-
-
-def _check_weights(folder: Path) -> None:
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            # Compares what the header says with the size of the file.
-            with safe_open(folder / name, framework="np"):
-                pass
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no weights: {name} is missing. Save the model anew.") from error
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"The weights in {folder} are damaged: {error!r}. Save the model anew.") from error
-
-
-def _code(config: Mapping[str, Any]) -> list[str]:
-    """Return the files of code that a configuration names, of its own repository."""
-    named = [name for name in (config.get("auto_map") or {}).values() if isinstance(name, str) and "--" not in name]
-    return sorted({f"{name.split('.')[0]}.py" for name in named})
-
-
-def _is_local(source: Any) -> bool:
-    """Return whether a source is known by a folder or file of the user, and not by a name that others have too."""
-    name = str(source)
-    if name.startswith("open_clip:"):
-        return Path(name.partition("/")[2]).is_file()
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return True
-    return Path(source).is_dir() or name.endswith(".pt")
-
-
-def _check_sources(config: Mapping[str, Any], name: str) -> None:
-    """Check that others can fetch the sources that a connector alone records."""
-    if config.get("architectures") != ["CMCRConnector"]:
-        return
-    for space, record in (config.get("sources") or {}).items():
-        if _is_local(record.get("id")):
-            raise ValueError(
-                f"The connector {name} finds its {space} source in {record.get('id')!r}, which nobody else has. "
-                "Push the full model, or connect it with a source from the Hub."
-            )
-
-
 def _content(folder: Path) -> dict[str, Path | bytes]:
     """Return what of a folder is pushed: all, but of the paths of sources in the configuration the last part alone."""
-    content: dict[str, Path | bytes] = dict(_files(folder))
+    content: dict[str, Path | bytes] = dict(folder_files(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = [(record, "id") for record in (config.get("sources") or {}).values()]
     named += [(part, "_name_or_path") for name, part in config.items() if name.endswith("_config")]
-    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and _is_local(part[key])]
+    paths = [(part, key) for part, key in named if isinstance(part, dict) and part.get(key) and is_local(part[key])]
     for part, key in paths:
-        part[key] = Path(part[key]).name
+        part[key] = public_name(part[key])
     if paths:
         content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return content
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=LEFT_OUT)}
-
-
 def _with_name(card: str, repo_id: str) -> str:
     """Return a card that was made for a folder, by the name in its heading, for a repository."""
-    heading = re.search(r"^# ([\w.-]+)$", card, re.MULTILINE)
-    if heading is None:
+    heading = re.search(r"^# ([^/\n]+)$", card, re.MULTILINE)
+    # Of a card by hand, the heading is no name that the code in it loads.
+    if heading is None or not any(f"{before}{quoted(heading[1])}" in card for before in "(="):
         return card
-    return card.replace(f"\n# {heading[1]}\n", f"\n# {repo_id}\n").replace(f'"{heading[1]}"', f'"{repo_id}"')
+    return card.replace(f"\n# {heading[1]}\n", f"\n# {repo_id}\n").replace(quoted(heading[1]), quoted(repo_id))
 
 
 def _is_ours(name: str) -> bool:
@@ -277,9 +181,10 @@ class _Target:
     head: str
     files: list[str]
     create_pr: bool
+    again: str
 
     def read(self, name: str) -> str:
-        with _explained(self.repo_id), tempfile.TemporaryDirectory() as folder:
+        with _explained(self.repo_id, self.again), tempfile.TemporaryDirectory() as folder:
             path = self.api.hf_hub_download(self.repo_id, name, revision=self.head, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
 
@@ -292,7 +197,7 @@ class _Target:
     ) -> CommitInfo:
         """Commit files, and delete those of the others that are stale."""
         stale = [name for name in self.files if name not in content and is_stale(name)]
-        with _explained(self.repo_id):
+        with _explained(self.repo_id, self.again):
             return self.api.create_commit(
                 self.repo_id,
                 [
@@ -315,10 +220,11 @@ def _open(
     revision: str | None,
     token: bool | str | None,
     create_pr: bool = False,
+    again: str = "the same again",
 ) -> _Target:
     """Create a repository and a branch where they are missing, and look at what they hold."""
     api = HfApi(token=token)
-    with _explained(repo_id):
+    with _explained(repo_id, again):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -329,20 +235,26 @@ def _open(
                 "push to another name."
             )
         files = api.list_repo_files(repo_id, revision=info.sha)
-    return _Target(api, repo_id, revision, str(info.sha), files, create_pr)
+    return _Target(api, repo_id, revision, str(info.sha), files, create_pr, again)
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises of the Hub and of the connection into one sentence that says what to do."""
+def _explained(repo_id: str, again: str | None = None) -> Iterator[None]:
+    """Turn what the client raises of the Hub and of the connection into one line that says what to do.
+
+    Args:
+        again: what to run to go on.
+    """
+    rest = "" if again is None else f" To go on, run {again}."
     try:
         yield
     except (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, RuntimeError) as error:
-        # That of one file is the cause of the client's own error.
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        raise OSError(_explanation(cause, repo_id)) from error
+        # That of one file, and of a token, is the cause of the client's own error.
+        wrapped = isinstance(error.__cause__, HfHubHTTPError) or type(error) is RuntimeError
+        cause = error.__cause__ if wrapped and error.__cause__ is not None else error
+        raise OSError(_explanation(cause, repo_id) + rest) from error
     except json.JSONDecodeError as error:
-        raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.") from error
+        raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.{rest}") from error
 
 
 def _explanation(error: BaseException, repo_id: str) -> str:
@@ -352,8 +264,8 @@ def _explanation(error: BaseException, repo_id: str) -> str:
         return "You are not logged in. Run `hf auth login`, or set HF_TOKEN."
     if not isinstance(error, HfHubHTTPError):
         return (
-            f"The connection to {constants.ENDPOINT} broke ({type(error).__name__}: {error}). Run the same again: "
-            "what was uploaded is not sent twice."
+            f"The connection to {constants.ENDPOINT} broke ({type(error).__name__}: {error}). What was uploaded is "
+            "not sent twice."
         )
     status, said = error.response.status_code, error.server_message or "no reason given"
     if isinstance(error, GatedRepoError):
@@ -370,11 +282,9 @@ def _explanation(error: BaseException, repo_id: str) -> str:
     if status == 404:
         return f"There is no {repo_id} that your token may see (404). Check the name, or run `hf auth login`."
     if status in (409, 412):
-        return (
-            f"{repo_id} changed while it was pushed to ({status}). Look at its latest commit, then run the same again."
-        )
+        return f"{repo_id} changed while it was pushed to ({status}). Look at its latest commit."
     if status == 429:
-        return "The Hub has had too many requests of yours (429). Wait some minutes, then run the same again."
+        return "The Hub has had too many requests of yours (429). Wait some minutes."
     if status >= 500:
-        return f"The Hub is in trouble ({status}). Run the same again later; https://status.huggingface.co tells more."
-    return f"The Hub refuses the push to {repo_id} ({status}): {said}"
+        return f"The Hub is in trouble ({status}). https://status.huggingface.co tells more."
+    return f"The Hub refuses the push to {repo_id} ({status}): {said.rstrip('.')}."

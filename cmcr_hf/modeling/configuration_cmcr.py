@@ -58,8 +58,8 @@ class CMCRConfig(PreTrainedConfig):
             audio-text one, `ulip_config` a [`UlipConfig`], whose image and text towers are optional. The keys name
             the roles, which the checkpoints, projectors and bridges share.
         sources:
-            Where each source came from: `{space: {"id": hub id or folder, "revision": commit}}`. A connector-only
-            checkpoint finds its sources by it.
+            Where each source came from: `{space: {"id": hub id or absolute path, "revision": commit}}`. A
+            connector-only checkpoint finds its sources by it.
         fingerprints:
             Names `{space}_{modality}` of the embeddings of fixed inputs that the connector carries of its sources. A
             source that is attached later must give the same (see [`CMCRModel.record_fingerprints`]).

@@ -31,7 +31,7 @@ from .configuration_cmcr import (
 from .losses_cmcr import symmetric_info_nce
 from .noise_cmcr import row_noise
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
-from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source
+from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source, source_id
 
 logger = logging.get_logger(__name__)
 
@@ -530,7 +530,7 @@ class CMCRModel(CMCRPreTrainedModel):
                 models[space] = source
                 continue
             if not set(selected) & set(SPACE_MODALITIES[space]):
-                records[space] = {"id": os.fspath(source), "revision": (revisions or {}).get(space)}
+                records[space] = {"id": source_id(source), "revision": (revisions or {}).get(space)}
                 continue
             try:
                 models[space], records[space] = load_source(source, (revisions or {}).get(space), selected, kwargs)

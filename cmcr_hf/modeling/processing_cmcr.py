@@ -214,10 +214,11 @@ class CMCRProcessor(ProcessorMixin):
             ulip_config: Any = UlipConfig.from_pretrained(ulip, **ulip_arguments)
             parts["point_channels"] = ulip_config.point_config.input_channels
             parts["min_points"] = ulip_config.point_config.group_size
+            # Given the configuration, the Auto classes do not ask whether to run the code beside it to read it.
             if ulip_config.vision_config is not None:
-                parts["ulip_image_processor"] = _load_image_processor(ulip, **ulip_arguments)
+                parts["ulip_image_processor"] = _load_image_processor(ulip, config=ulip_config, **ulip_arguments)
             if ulip_config.text_config is not None:
-                parts["ulip_tokenizer"] = load_tokenizer(ulip, **ulip_arguments)
+                parts["ulip_tokenizer"] = load_tokenizer(ulip, config=ulip_config, **ulip_arguments)
         return cls(**parts)
 
     def __call__(

@@ -38,6 +38,23 @@ def build_source(config: PreTrainedConfig, modalities: Collection[str]) -> PreTr
     return source
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """Return what of a source's name may be a path, after what stands before it: of open_clip, `open_clip:NAME/`."""
+    if not source.startswith("open_clip:"):
+        return "", source
+    name, slash, weights = source.partition("/")
+    return name + slash, weights
+
+
+def source_id(source: str | os.PathLike) -> str:
+    """Return the name by which a source is found from any folder: that of a folder or file of the user is absolute."""
+    name = os.fspath(source)
+    prefix, path = split_source(name)
+    # open_clip takes a tag, which has no suffix, before a file of that name.
+    local = os.path.isfile(path) and os.path.splitext(path)[1] != "" if prefix else os.path.exists(path)
+    return prefix + os.path.abspath(path) if local else name
+
+
 def load_source(
     source: str | os.PathLike, revision: str | None, modalities: Collection[str], kwargs: dict
 ) -> tuple[PreTrainedModel, dict[str, str | None]]:
@@ -45,9 +62,10 @@ def load_source(
 
     Of safetensors files the weights of other towers are not read.
     """
+    source = source_id(source)
     foreign = foreign_source(source)
     if foreign is not None:
-        return foreign.load_model(source, modalities, kwargs), {"id": os.fspath(source), "revision": None}
+        return foreign.load_model(source, modalities, kwargs), {"id": source, "revision": None}
     revision = resolve_revision(
         source, revision, **{key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     )
@@ -68,7 +86,7 @@ def load_source(
     towers: Any = type(source_class.__name__, (source_class,), {"__init__": build, "__module__": __name__})
     model = towers.from_pretrained(source, **({} if revision is None else {"revision": revision}), **kwargs)
     model.__class__ = source_class
-    return model, {"id": os.fspath(source), "revision": getattr(revision, "resolved", revision)}
+    return model, {"id": source, "revision": getattr(revision, "resolved", revision)}
 
 
 def _source_class(config: PreTrainedConfig) -> Any:

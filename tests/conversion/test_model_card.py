@@ -7,13 +7,15 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from transformers import ClapConfig, CLIPConfig, PreTrainedConfig, SiglipConfig, ViTConfig
 
 from cmcr_hf import CMCRConfig, UlipConfig
-from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
+from cmcr_hf.conversion.hub import EVAL_RESULTS, is_local, model_card, public_name, source_card, write_eval_results
 
 TEMPLATE = Path(__file__).parents[2] / "cmcr_hf" / "conversion" / "MODEL_CARD.md"
 
 CLIP = {"space": "clip", "id": "toy/clip", "revision": "0a1b2c", "licence": "MIT"}
 CLAP = {"space": "clap", "id": "toy/clap", "revision": None, "licence": None}
 ULIP = {"space": "ulip", "id": "toy/ulip", "revision": "3d4e5f", "licence": "BSD-3-Clause"}
+
+NAMES = {"repo_id": "toy/cmcr", "quoted": '"toy/cmcr"'}
 
 OPTIONAL: dict[str, Any] = {
     "training_data": [{"name": "toy captions", "role": "overlap texts", "rows": 1200, "licence": "CC0"}],
@@ -55,11 +57,10 @@ The same inputs through the reference and through this model differ by at most 1
 
 def render(sources: list[dict[str, str | None]], **variables: Any) -> ModelCard:
     data = ModelCardData(license="apache-2.0", library_name="cmcr_hf", tags=["toy"])
-    return ModelCard.from_template(data, template_path=str(TEMPLATE), repo_id="toy/cmcr", sources=sources, **variables)
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **NAMES, sources=sources, **variables)
 
 
 def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp_path: Path) -> None:
-    (tmp_path / "my-clap").mkdir()
     config = CMCRConfig(
         sources={"clip": {"id": "toy/clip", "revision": "0a1b2c"}, "clap": {"id": str(tmp_path / "my-clap")}}
     )
@@ -68,6 +69,23 @@ def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp
     assert "| clap | my-clap | not recorded | not stated |" in card.text
     assert str(tmp_path) not in card.text
     assert card.data.base_model == ["toy/clip"]
+
+
+@pytest.mark.parametrize(
+    ("source", "local", "name"),
+    [
+        ("org/clip", False, "org/clip"),
+        ("gpt2", False, "gpt2"),
+        ("/a/b/models/clap", True, "clap"),
+        ("../models/clap", True, "clap"),
+        ("/a/b/clap.pt", True, "clap.pt"),
+        ("clap.pt", True, "clap.pt"),
+        ("open_clip:ViT-B-32/openai", False, "open_clip:ViT-B-32/openai"),
+        ("open_clip:ViT-B-32//a/b/clip.bin", True, "open_clip:ViT-B-32/clip.bin"),
+    ],
+)
+def test_what_is_local_is_told_by_its_name_and_named_without_its_folder(source: str, local: bool, name: str) -> None:
+    assert (is_local(source), public_name(source)) == (local, name)
 
 
 def section(card: ModelCard, title: str) -> str:
@@ -152,7 +170,29 @@ def test_the_metadata_names_tasks_and_data_sets_that_the_hub_knows() -> None:
         "feature-extraction",
         ["toy/texts"],
     )
-    assert data.tags == ["c-mcr", "cmcr_hf", "clip", "clap", "zero-shot-image-classification"]
+    assert data.tags == ["c-mcr", "cmcr_hf", "clip", "clap"]
+
+
+def test_the_card_of_heads_alone_says_once_that_they_come_without_source_encoders() -> None:
+    card = model_card(CMCRConfig(), repo_id="toy/heads", licences={}, licence="cc-by-4.0")
+    assert section(card, "Source encoders") == "Not part of this repository."
+    assert section(card, "Licence of every part").splitlines()[3:5] == [
+        "| projectors | cc-by-4.0 |",
+        "| source encoders | not part of this repository |",
+    ]
+    assert "not recorded" not in card.text
+    sources = {space: {"id": f"toy/{space}"} for space in ("clip", "clap")}
+    whole = model_card(CMCRConfig(sources=sources), repo_id="toy/cmcr", licences={})
+    assert whole.data.tags == ["c-mcr", "cmcr_hf", "clip", "clap", "zero-shot-image-classification"]
+
+
+@pytest.mark.parametrize("licence", ["foo licence", "MIT", "", "cc by"])
+def test_a_licence_that_the_hub_does_not_know_is_refused(licence: str) -> None:
+    message = f"got '{licence}'. Name the licence as the Hub does, such as apache-2.0"
+    with pytest.raises(ValueError, match=message):
+        model_card(CMCRConfig(), repo_id="toy/cmcr", licences={}, licence=licence)
+    with pytest.raises(ValueError, match=message):
+        source_card(ClapConfig(), repo_id="toy/clap", licence=licence, conversion=CONVERSION)
 
 
 @pytest.mark.parametrize(

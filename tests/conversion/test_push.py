@@ -12,13 +12,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
+from cmcr_hf.conversion.folder import check_folder
 from cmcr_hf.conversion.hub import EVAL_RESULTS, model_card, source_card, write_eval_results
-from cmcr_hf.conversion.push import check_folder, push_folder
+from cmcr_hf.conversion.push import check_target, push_folder
 from tests.hub_server import READER, WRITER, Fault, LocalHub, Repository
 
 NAME = "org/cmcr-clip-clap"
@@ -109,6 +110,17 @@ def test_the_card_of_a_folder_names_the_repository_in_it(hub, folder):
     assert "cmcr-tiny" not in card.text
     assert card.data.license == "apache-2.0"
     assert 'from_pretrained("cmcr-tiny")' in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["my model", "modèle ü", 'a"b', "a\nb", "a\\b", "cmcr.1"])
+def test_the_card_of_a_folder_of_any_name_is_python_and_names_the_repository_once_pushed(hub, folder, name):
+    config = CMCRConfig.from_pretrained(folder)
+    card = model_card(config, repo_id=name, licences={})
+    compile(card.text.split("```python\n")[1].split("```")[0], "usage", "exec")
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    push_folder(folder, NAME)
+    pushed = ModelCard(hub.repositories[NAME].files["README.md"].decode())
+    assert str(pushed) == str(model_card(config, repo_id=NAME, licences={}))
 
 
 def test_a_card_of_another_heading_is_pushed_as_it_is(hub, folder):
@@ -219,7 +231,7 @@ def test_a_push_that_breaks_changes_nothing_and_the_next_one_completes_it(hub, f
         model.connector.logit_scale += 1
     model.save_pretrained(folder)
     hub.faults = [Fault(request_, times=99, after=100)]
-    with pytest.raises(OSError, match=r"The connection to .* broke .* Run the same again"):
+    with pytest.raises(OSError, match=rf"The connection to .* broke .* To go on, run `cmcr push .* {NAME}`\."):
         push_folder(folder, NAME)
     assert commits(hub) == 2
     assert hub.repositories[NAME].files is before
@@ -261,7 +273,7 @@ def test_the_client_tries_again_where_the_hub_is_busy_or_the_line_is_cut(hub, fo
     ("request_", "status", "message"),
     [
         (COMMIT, 429, r"too many requests of yours \(429\)\. Wait"),
-        (COMMIT, 503, r"The Hub is in trouble \(503\)\. Run the same again later"),
+        (COMMIT, 503, r"The Hub is in trouble \(503\)\. .* To go on, run `cmcr push .*`\."),
         (COMMIT, 412, r"changed while it was pushed to \(412\)"),
         (COMMIT, 413, r"The Hub refuses the push to .* \(413\)"),
         (r"POST /api/repos/create", 502, r"in trouble \(502\)"),
@@ -317,6 +329,33 @@ def test_a_token_that_may_only_read_is_told_from_none(hub, folder):
     assert commits(hub) == 2
 
 
+def test_what_speaks_against_a_push_is_known_before_the_work(hub, monkeypatch):
+    check_target(NAME)
+    with pytest.raises(ValueError, match="Expected a repository as ORG/NAME, got 'a b/c'"):
+        check_target("a b/c")
+    with pytest.raises(OSError, match=r"may read alone\. Make one .* run `hf auth login`\.$"):
+        check_target(NAME, token=READER)
+    with pytest.raises(OSError, match=r"\(401\)\. Run `hf auth login`, or set HF_TOKEN\.$"):
+        check_target(NAME, token="hf_wrong")
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    with pytest.raises(OSError, match=r"You are not logged in\. Run `hf auth login`, or set HF_TOKEN\.$"):
+        check_target(NAME)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        check_target(NAME, token=WRITER)
+    assert hub.repositories == {}
+
+
+def test_a_broken_push_names_the_command_that_goes_on_with_its_options(hub, folder, waits):
+    hub.faults = [Fault(r"POST /api/repos/create", 503, times=99)]
+    spaced = folder.rename(folder.parent / "my model")
+    with pytest.raises(OSError, match=rf"run `cmcr push '{spaced}' {NAME} --private --revision v2`\.$"):
+        push_folder(spaced, NAME, private=True, revision="v2")
+    with pytest.raises(OSError, match=r"To go on, run the same again\.$"):
+        CMCRModel.from_pretrained(spaced).push_to_hub(NAME)
+
+
 def test_offline_the_hub_is_not_asked(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"HF_HUB_OFFLINE is set\. Unset it"):
@@ -335,6 +374,17 @@ def test_a_server_that_is_not_there_is_named(folder, monkeypatch, waits):
 def edit_config(folder, **fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def link(folder, name, target):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
 
 
 def truncate(path):
@@ -368,6 +418,31 @@ def write_results(folder, text):
         (lambda folder: (folder / "modeling_cmcr.py").unlink(), "is not complete: it has no modeling_cmcr.py"),
         (lambda folder: (folder / "README.md").unlink(), "has no model card. Write .*README.md"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "metadata of .*README.md cannot be r"),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.pop("connector.logit_scale")),
+            r"not those of its config.json: connector.logit_scale is missing, expected \(\) \(1 differ\)",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.update(extra=torch.zeros(2))),
+            r"not those of its config.json: extra is \(2,\), expected none",
+        ),
+        (
+            lambda folder: edit_config(folder, projection_dim=16),
+            r"not those of its config.json: connector.projectors\S+ is \(8,\), expected \(16,\)",
+        ),
+        (lambda folder: edit_config(folder, projection_dim=-1), "config.json makes no model: .*projection_dim"),
+        (lambda folder: (folder / "modeling_cmcr.py").write_text(""), "modeling_cmcr.py is not .* of the installed"),
+        (lambda folder: (folder / "losses_cmcr.py").write_text("1"), "losses_cmcr.py is not .* Save the model anew"),
+        (lambda folder: (folder / "losses_cmcr.py").unlink(), "is not complete: it has no losses_cmcr.py"),
+        (lambda folder: (folder / "README.md").write_text(""), "The model card .*README.md is empty"),
+        (lambda folder: (folder / "README.md").write_text("---\nlicense: mit\n---\n"), "README.md is empty"),
+        (lambda folder: (folder / "pytorch_model.bin").write_text("x"), "pytorch_model.bin in .* is a pickle"),
+        (lambda folder: (folder / "clap_tokenizer" / "a.pkl").write_text("x"), "clap_tokenizer/a.pkl in .* is a p"),
+        (lambda folder: link(folder, "notes.txt", "/etc/hosts"), "notes.txt in .* is a link to /etc/hosts"),
+        (lambda folder: link(folder, "notes.txt", "absent"), "notes.txt in .* is a link to absent"),
+        (lambda folder: link(folder, "more", "/etc"), "more in .* is a link to /etc"),
+        (lambda folder: (folder / "conversion.json").write_text("{"), "metadata of .*conversion.json cannot be read"),
+        (lambda folder: (folder / "conversion.json").write_text("[]"), "conversion.json cannot be .* with the keys"),
         (lambda folder: write_results(folder, "- value: 3"), "metadata of .*mine.yaml cannot be read"),
         (lambda folder: write_results(folder, "a: ["), "metadata of .*mine.yaml cannot be read"),
     ],
@@ -380,6 +455,22 @@ def test_a_folder_that_is_not_complete_is_refused_before_any_request(hub, folder
             push_folder(folder, NAME)
     assert "\n" not in str(caught.value)
     assert hub.requests == []
+
+
+def test_a_link_within_the_folder_is_pushed_as_a_file(hub, folder):
+    link(folder, "LICENSE", "README.md")
+    push_folder(folder, NAME)
+    assert hub.repositories[NAME].files["LICENSE"] == (folder / "README.md").read_bytes()
+
+
+def test_a_card_without_a_licence_is_warned_of(folder, monkeypatch):
+    lines = []
+    monkeypatch.setattr("cmcr_hf.conversion.folder.logger.warning", lines.append)
+    check_folder(folder)
+    assert lines == []
+    (folder / "README.md").write_text("# A model\n")
+    check_folder(folder)
+    assert [line.split(" names ")[1][:11] for line in lines] == ["no licence."]
 
 
 def test_a_connector_whose_source_is_a_folder_is_refused(hub, folder, tiny_clip, tmp_path):
