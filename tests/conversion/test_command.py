@@ -12,7 +12,7 @@ import torch
 
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor, UlipModel
 from cmcr_hf.cli import main
-from cmcr_hf.conversion import convert_cmcr, convert_ulip
+from cmcr_hf.conversion import command, convert_cmcr, convert_ulip
 from cmcr_hf.conversion.command import check_fit
 from tests.conversion.official_heads import clap_clip_heads, ex_heads
 
@@ -252,3 +252,22 @@ def test_the_scripts_at_the_top_of_the_checkout_teach_their_options():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--checkpoint FILE" in done.stdout and "clap_clip.pt" in done.stdout
+
+
+def test_a_push_is_checked_before_the_work_and_made_after_it(heads, tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "check_target", lambda repo_id: calls.append(("check", repo_id)))
+    monkeypatch.setattr(
+        command, "push_folder", lambda folder, repo_id: calls.append(("push", folder, repo_id)) or "url"
+    )
+    out = tmp_path / "out"
+    assert run("cmcr", "--checkpoint", heads, "--output", out, "--push", "org/heads") == 0
+    assert calls == [("check", "org/heads"), ("push", out, "org/heads")]
+    assert capsys.readouterr().out.splitlines()[-1] == "Pushed: url"
+    assert 'connector="org/heads"' in (out / "README.md").read_text()
+    monkeypatch.undo()
+    # Offline, as the tests are.
+    assert run("cmcr", "--checkpoint", heads, "--output", tmp_path / "other", "--push", "org/heads") == 1
+    assert run("cmcr", "--checkpoint", heads, "--output", tmp_path / "other", "--push", "a/b/c") == 1
+    assert run("cmcr", "--checkpoint", heads, "--output", tmp_path / "other", "--licence", "my own") == 1
+    assert not (tmp_path / "other").exists()
