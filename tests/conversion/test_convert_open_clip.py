@@ -154,6 +154,15 @@ def test_half_precision_and_a_logit_scale_of_one_row_are_read(tmp_path: Path) ->
     prove_clip(model, checkpoint)
 
 
+def test_weights_of_double_precision_are_proven_as_the_float32_that_is_saved(tmp_path: Path) -> None:
+    # No float32 has these values.
+    weights = {key: tensor.double() * (1 + 2.0**-26) for key, tensor in tiny_weights().items()}
+    model, checkpoint = read_clip(put(tmp_path, weights))
+    assert checkpoint.weights["visual.proj"].dtype == torch.float64
+    assert torch.equal(model.visual_projection.weight, weights["visual.proj"].float().T)
+    assert max(prove_clip(model, checkpoint).differences.values()) < 2e-6
+
+
 def test_the_stored_mask_has_no_counterpart(tmp_path: Path) -> None:
     weights = {**tiny_weights(), "attn_mask": torch.full((LENGTH, LENGTH), -torch.inf).triu(1)}
     assert convert_state_dict(weights).keys() == convert_state_dict(tiny_weights()).keys()
