@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     _add_convert(commands)
     _add_verify_official(commands)
     arguments = parser.parse_args(argv)
-    if arguments.run is not _search:
-        _start_transformers()
     # What ends a job is told how to go on, as the user at the keyboard is.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if arguments.run is not _search:
+            _start_transformers()
         arguments.run(arguments)
     except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         # One line, also of the paragraphs that some libraries raise.

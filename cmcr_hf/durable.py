@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,17 +85,57 @@ def clear_replacement(folder: Path) -> None:
 def replace_folder(folder: Path) -> None:
     """Put what was written to `temporary_path(folder)` in place of a folder or of none, durably."""
     new, old = temporary_path(folder), _old_path(folder)
-    umask = os.umask(0o022)
-    os.umask(umask)
-    for path in new.rglob("*.safetensors"):
-        # safetensors makes its files readable by their owner alone.
-        path.chmod(0o666 & ~umask)
-    sync_tree(new)
+    _finish(new)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write to, which becomes `folder` in one step when the context ends without an error.
+
+    Raises ValueError if `folder` is there by then and not empty, `WriteError` if the disk is full or not writable;
+    what was written is removed.
+    """
+    # A link stays one, and what it leads to is filled.
+    folder = Path(os.path.realpath(folder))
+    with named_write_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with named_write_errors(folder.parent):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _finish(temporary)
+        try:
+            # Takes the place of an empty folder, and of no other one.
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise ValueError(f"{folder} was filled by another run meanwhile. Name a new folder.") from error
+            raise ValueError(
+                f"{folder} cannot be replaced ({error.strerror}): name a folder that is not there yet, such as "
+                f"{folder / 'model'}."
+            ) from error
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+def _finish(folder: Path) -> None:
+    """Give safetensors files the permissions of the others, which are for their owner alone, and bring all to disk."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())
+    sync_tree(folder)
 
 
 def _old_path(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from cmcr_hf.durable import (
     WriteError,
     locked,
     named_write_errors,
+    new_folder,
     sync_folder,
     sync_tree,
     verify_checksums,
@@ -207,3 +208,29 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         locked(tmp_path),
     ):
         pytest.fail("Nothing keeps others out.")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deep" / "new") as folder:
+        (folder / "model.safetensors").write_bytes(b"all")
+        (folder / "model.safetensors").chmod(0o600)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+    usual = tmp_path / "usual"
+    usual.touch()
+    assert (tmp_path / "deep/new/model.safetensors").stat().st_mode == usual.stat().st_mode
+    (tmp_path / "directory").mkdir()
+    assert (tmp_path / "deep/new").stat().st_mode == (tmp_path / "directory").stat().st_mode
+
+
+def test_a_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "empty" / "file").read_text() == "new"
+    with pytest.raises(ValueError, match="empty was filled by another run meanwhile"), new_folder(tmp_path / "empty"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"empty"}

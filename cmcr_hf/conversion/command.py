@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from cmcr_hf.conversion.checkpoint import Checkpoint
 from cmcr_hf.conversion.hub import model_card, source_card
 from cmcr_hf.conversion.proof import Proof
 from cmcr_hf.conversion.push import push_folder
-from cmcr_hf.durable import clear_replacement, replace_folder, temporary_path
+from cmcr_hf.durable import new_folder
 from cmcr_hf.modeling.configuration_cmcr import SPACE_MODALITIES, CMCRConfig
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
@@ -51,7 +52,14 @@ def convert(arguments: argparse.Namespace, report: Callable[[str], None]) -> Non
     check_writable(output)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is not empty. Name a new one as --output, or delete it.")
-    converted = READERS[arguments.kind](arguments, report)
+    # The folder takes its name in its parent.
+    check_writable(Path(os.path.realpath(output)).parent)
+    try:
+        converted = READERS[arguments.kind](arguments, report)
+    except ValueError as error:
+        if any(str(path).rpartition("=")[2] in str(error) for path in arguments.checkpoint):
+            raise
+        raise ValueError(f"Cannot convert {', '.join(arguments.checkpoint)}: {error}") from error
     for checkpoint in converted.checkpoints:
         report(f"{checkpoint.path.name}: sha256 {checkpoint.sha256}")
     report(f"Largest differences of unit vectors from {converted.proof.reference}, at most {converted.proof.bound:g}:")
@@ -60,7 +68,12 @@ def convert(arguments: argparse.Namespace, report: Callable[[str], None]) -> Non
     write(converted, arguments.kind, output, repo_id=arguments.push, licence=arguments.licence)
     report(f"Load it: {type(converted.model).__name__}.from_pretrained({str(output)!r})")
     if arguments.push:
-        report(f"Pushed: {push_folder(output, arguments.push)}")
+        try:
+            report(f"Pushed: {push_folder(output, arguments.push)}")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{error} The model is in {output}: once that is settled, run cmcr push {output} {arguments.push}."
+            ) from error
 
 
 def write(converted: Converted, kind: str, output: Path, *, repo_id: str | None, licence: str | None) -> None:
@@ -77,14 +90,11 @@ def write(converted: Converted, kind: str, output: Path, *, repo_id: str | None,
         card = model_card(config, repo_id=name, licences={}, licence=licence, conversion=conversion)
     else:
         card = source_card(config, repo_id=name, licence=licence, conversion=conversion)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    clear_replacement(output)
-    temporary = temporary_path(output)
-    for part in (converted.model, *converted.parts):
-        part.save_pretrained(temporary)
-    (temporary / CARD).write_text(str(card), encoding="utf-8")
-    (temporary / RECORD).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
-    replace_folder(output)
+    with new_folder(output) as folder:
+        for part in (converted.model, *converted.parts):
+            part.save_pretrained(folder)
+        (folder / CARD).write_text(str(card), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(conversion, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_cmcr(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:
@@ -97,7 +107,9 @@ def _read_cmcr(arguments: argparse.Namespace, report: Callable[[str], None]) -> 
 def _read_ex_mcr(arguments: argparse.Namespace, report: Callable[[str], None]) -> Converted:
     paths: dict[str, str] = {}
     for given in arguments.checkpoint:
-        named, _, path = given.rpartition("=")
+        named, separator, path = given.partition("=")
+        if not separator or named not in ("clap", "ulip"):
+            named, path = "", given
         # Both files have one layout, so their names are all that tells them.
         spaces = [named] if named else [space for space in ("clap", "ulip") if space in Path(path).name.lower()]
         if len(spaces) != 1 or spaces[0] not in ("clap", "ulip") or spaces[0] in paths:
@@ -107,6 +119,10 @@ def _read_ex_mcr(arguments: argparse.Namespace, report: Callable[[str], None]) -
             )
         paths[spaces[0]] = path
     connector, checkpoints = convert_ex_mcr.read_connector(paths)
+    if len({checkpoint.sha256 for checkpoint in checkpoints.values()}) < len(checkpoints):
+        raise ValueError(
+            f"The two files are the same, expected one for CLAP and one for ULIP: {', '.join(paths.values())}."
+        )
     proof = convert_ex_mcr.prove_connector(connector, checkpoints)
     return _with_sources(Converted(connector, list(checkpoints.values()), proof), arguments, report)
 
@@ -116,6 +132,8 @@ def _with_sources(converted: Converted, arguments: argparse.Namespace, report: C
     connector: Any = converted.model
     given = {space: getattr(arguments, space) for space in ("clip", "clap", "ulip")}
     given = {space: source for space, source in given.items() if source is not None}
+    if not given and arguments.connector_only:
+        raise ValueError("--connector-only names sources that a connector records. Name them, or leave it out.")
     if not given:
         return converted
     if set(given) != set(connector.config.spaces):

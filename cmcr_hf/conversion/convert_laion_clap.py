@@ -66,21 +66,6 @@ AUDIO_BOUND, TEXT_BOUND = 1e-9, 1e-6
 MODELS = {96: "HTSAT-tiny", 128: "HTSAT-base", 256: "HTSAT-large"}
 
 
-class _Unused:
-    """Stands for what numpy calls to build a number, as the learning rates of an optimizer are; none is built."""
-
-    def __init__(self, *parts: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-ALLOWED = dict.fromkeys(
-    ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "numpy dtype", "_codecs encode"), _Unused
-)
-
-
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights of a LAION-CLAP checkpoint, its keys without `module.`, under the names of [`ClapModel`].
 
@@ -191,7 +176,7 @@ def read_clap(path: str | Path, *, text_heads: int = 12) -> tuple[ClapModel, Che
         ValueError: the file is missing, damaged, larger than 8 GiB or holds something else than such a checkpoint, or
             one whose front end is not that of [`feature_extractor`]; names it.
     """
-    checkpoint = read_checkpoint(path, max_bytes=MAX_BYTES, allowed=ALLOWED)
+    checkpoint = read_checkpoint(path, max_bytes=MAX_BYTES)
     weights = checkpoint.weights
     try:
         converted = convert_state_dict(weights)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import pickletools
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..durable import write_durably
-from ..modeling.point_cloud_loading_cmcr import ARRAY_DAMAGES, load_point_cloud, read_npy_header
+from cmcr_hf.conversion.pickles import Call, read_pickle
+from cmcr_hf.durable import write_durably
+from cmcr_hf.modeling.point_cloud_loading_cmcr import ARRAY_DAMAGES, load_point_cloud, read_npy_header
 
 # A record takes some hundred kilobytes and a thousand steps.
 MAX_BYTES = 2**28
@@ -33,26 +32,6 @@ GLOBALS = {
     "numpy ndarray",
     "numpy dtype",
 }
-# Steps of a pickle that give their argument as it stands.
-VALUES = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-
-
-@dataclass
-class _Global:
-    name: str
-
-
-@dataclass
-class _Object:
-    """What a pickle makes by calling a name, and the state that it then gives it."""
-
-    name: str
-    arguments: tuple
-    state: Any = None
 
 
 def read_record(path: str | Path) -> dict[str, np.ndarray]:
@@ -85,106 +64,23 @@ def _record(data: bytes) -> dict[str, Any]:
     shape, _, dtype = read_npy_header(stream)
     if shape != () or not dtype.hasobject:
         raise ValueError(f"expected one pickled object, got {dtype!s:.80} of shape {shape!s:.80}. Use it as it is.")
-    found = _unpickle(data[stream.tell() :])
+    found = read_pickle(data[stream.tell() :], GLOBALS, max_steps=MAX_STEPS)
     # A 0-d array of objects: its state ends with the list of the only one.
-    record = found.state[4][0] if isinstance(found, _Object) else None
+    record = found.state[4][0] if isinstance(found, Call) else None
     if not isinstance(record, dict) or "xyz" not in record:
         raise ValueError("expected a pickled dict with xyz, got another object. Save its points with np.savez.")
     return record
-
-
-def _unpickle(data: bytes) -> Any:
-    """Return what a pickle says, with an `_Object` in place of all that loading it would make by calls.
-
-    Raises:
-        ValueError: it names anything but `GLOBALS`, takes a step that arrays do not need, or more steps than allowed.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        mark = marks.pop()
-        values = stack[mark:]
-        del stack[mark:]
-        return values
-
-    argument: Any
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if number == MAX_STEPS:
-            raise ValueError(f"expected a pickle of at most {MAX_STEPS} steps, got more. Do not load it.")
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack[-1]
-            case "MARK":
-                marks.append(len(stack))
-            case name if name in VALUES:
-                stack.append(argument)
-            case name if name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
-            case "APPEND" | "APPENDS" as name:
-                items = [stack.pop()] if name == "APPEND" else since_mark()
-                _extend(stack[-1], items)
-            case "SETITEM" | "SETITEMS" as name:
-                items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-                _update(stack[-1], items)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL" | "INST":
-                stack.append(_global(argument))
-            case "STACK_GLOBAL":
-                stack.append(_global(" ".join([stack.pop(-2), stack.pop()])))
-            case "REDUCE":
-                arguments, called = stack.pop(), stack.pop()
-                stack.append(_Object(called.name, arguments))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
-            case name:
-                raise ValueError(f"its pickle takes the step {name}, which arrays do not need. Do not load it.")
-    raise ValueError("its pickle has no end. Copy it again.")
-
-
-def _extend(values: Any, items: list[Any]) -> None:
-    if not isinstance(values, list):
-        raise TypeError("items for what is no list")
-    values.extend(items)
-
-
-def _update(values: Any, items: list[Any]) -> None:
-    # A tuple of tuples, each twice in the next, would take forever to be a key.
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in items[::2]):
-        raise TypeError("keys that are no texts")
-    values.update(zip(items[::2], items[1::2], strict=True))
-
-
-def _global(name: str) -> _Global:
-    if name not in GLOBALS:
-        raise ValueError(
-            f"its pickle names {name.replace(' ', '.')!r:.200}, which arrays do not need. Do not load it."
-        )
-    return _Global(name.split()[1])
 
 
 def _array(value: Any) -> np.ndarray:
     """Make the array of numbers that a pickle describes."""
     _, shape, kind, fortran_order, content = value.state
     (code, *_), (_, order, *_) = kind.arguments, kind.state
-    if (value.name, kind.name) != ("_reconstruct", "dtype") or not re.fullmatch(r"[<>|][fiu][1248]", order + code):
+    if (
+        not value.name.endswith(" _reconstruct")
+        or kind.name != "numpy dtype"
+        or not re.fullmatch(r"[<>|][fiu][1248]", order + code)
+    ):
         raise ValueError(f"expected arrays of numbers, got {code!r:.80}. Save the points with np.savez.")
     dtype = np.dtype(order + code)
     if not isinstance(content, bytes) or len(content) != math.prod(shape) * dtype.itemsize:

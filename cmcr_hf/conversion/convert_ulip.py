@@ -6,7 +6,6 @@ Layout: `ULIP_WITH_IMAGE` of salesforce/ULIP (BSD-3-Clause): PointBERT behind `p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,6 @@ from cmcr_hf.modeling.modeling_ulip import UlipModel
 UPSTREAM = "the released checkpoint of a ULIP with PointBERT"
 # The released file has 0.7 GB of weights, and may have an optimizer's state twice as large beside them.
 MAX_BYTES = 2**32
-# A pickle of a released file names this beside its tensors, as the options of its training.
-ALLOWED = {"argparse Namespace": argparse.Namespace}
 
 KEYS: dict[str, str | None] = {
     r"point_encoder\.encoder\.first_conv\.0\.(\w+)": r"point_model.group_encoder.linear1.\1",
@@ -160,7 +157,7 @@ def read_ulip(path: str | Path, fields: Mapping[str, Mapping[str, Any]] | None =
         ValueError: the file is missing, damaged, larger than 4 GiB, names anything but tensors and the options of its
             training, or holds another architecture; names it.
     """
-    checkpoint = read_checkpoint(path, max_bytes=MAX_BYTES, allowed=ALLOWED)
+    checkpoint = read_checkpoint(path, max_bytes=MAX_BYTES)
     try:
         weights = convert_state_dict(checkpoint.weights)
         model = UlipModel(ulip_config(checkpoint.weights, fields))

@@ -11,7 +11,7 @@ import torch
 from transformers import ClapModel
 
 from ..conversion.checkpoint import read_checkpoint
-from ..conversion.convert_laion_clap import ALLOWED, MAX_BYTES, clap_config, feature_extractor, read_clap
+from ..conversion.convert_laion_clap import MAX_BYTES, clap_config, feature_extractor, read_clap
 from ..modeling.processing_cmcr import load_tokenizer
 from ..modeling.towers_cmcr import remove_other_towers
 
@@ -45,7 +45,7 @@ def load_parts(source: str | os.PathLike) -> dict[str, Any]:
         ValueError: as for [`read_clap`].
         OSError: the tokenizer is neither beside the file nor on the Hub.
     """
-    config = clap_config(read_checkpoint(Path(source), max_bytes=MAX_BYTES, allowed=ALLOWED).weights)
+    config = clap_config(read_checkpoint(Path(source), max_bytes=MAX_BYTES).weights)
     folder = Path(source).parent
     beside = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return {

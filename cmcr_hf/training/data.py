@@ -38,14 +38,15 @@ class Items:
         specs: data entries, one after the other.
         modality: `text`, `image`, `audio` or `point_cloud`.
         root: folder that relative paths of the entries are relative to.
+        strict: whether a file that is named but not there is an error at once, or an item that cannot be read.
 
     Raises:
         ValueError: a folder, file, column or data set is missing or unreadable, or has no items; the message names it.
     """
 
-    def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path) -> None:
+    def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path, *, strict: bool = True) -> None:
         self.modality = modality
-        self._parts = [_read(spec, modality, root) for spec in specs]
+        self._parts = [_read(spec, modality, root, strict) for spec in specs]
 
     @property
     def fingerprint(self) -> str:
@@ -235,14 +236,17 @@ def _files_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _RemoteFolder | _Stream:
+def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | _RemoteFolder | _Stream:
     if spec.template is not None and modality != "text":
         raise ValueError(f"A template goes with texts, not with {modality} items. Remove {spec.template!r}.")
     if spec.dataset is not None:
         return _Stream(spec, modality, root)
     if spec.folder is not None and "://" in spec.folder:
         return _RemoteFolder(spec, modality)
-    items = _read_folder(spec, modality, root) if spec.folder is not None else _read_table(spec, modality, root)
+    if spec.folder is not None:
+        items = _read_folder(spec, modality, root, strict)
+    else:
+        items = _read_table(spec, modality, root)
     if spec.limit is not None:
         items = items[: spec.limit]
     if not items:
@@ -255,16 +259,18 @@ def _read(spec: DataSpec, modality: str, root: Path) -> _Listed | _RemoteFolder 
         else:
             try:
                 status = item.value.stat()
+                content = [status.st_size, status.st_mtime_ns]
             except OSError as error:
-                raise ValueError(
-                    f"Cannot read {modality} file {item.value}: {error.strerror}. Check the path."
-                ) from error
-            content = [status.st_size, status.st_mtime_ns]
+                if strict:
+                    raise ValueError(
+                        f"Cannot read {modality} file {item.value}: {error.strerror}. Check the path."
+                    ) from error
+                content = None
         digest.update(json.dumps([item.key, item.label, content]).encode())
     return _Listed(items, digest.hexdigest())
 
 
-def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
+def _read_folder(spec: DataSpec, modality: str, root: Path, strict: bool) -> list[Item]:
     folder = root / str(spec.folder)
     _check_folder_options(spec, modality, str(folder))
     if not folder.is_dir():
@@ -272,9 +278,9 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
     paths = sorted(folder.glob(spec.pattern or "**/*"))
     if not spec.pattern:
         paths = [path for path in paths if _is_usual(path.relative_to(folder), modality)]
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"The link {path} leads to a file that is not there. Repair or remove it.")
+    broken = {path for path in paths if path.is_symlink() and not path.exists()}
+    if broken and strict:
+        raise ValueError(f"The link {min(broken)} leads to a file that is not there. Repair or remove it.")
     return [
         Item(
             path.relative_to(folder).as_posix(),
@@ -282,7 +288,7 @@ def _read_folder(spec: DataSpec, modality: str, root: Path) -> list[Item]:
             {None: None, "parent": path.parent.name, "stem": path.stem}[spec.label],
         )
         for path in paths
-        if path.is_file()
+        if path in broken or path.is_file()
     ]
 
 

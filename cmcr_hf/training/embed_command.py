@@ -66,7 +66,11 @@ def embed_data(
     Raises:
         ValueError: the source has no tower for the modality, or as for [`embed`] and [`Items`].
     """
-    items = Items([data], modality, root)
+    if data.dataset is not None and "/" not in data.dataset and not (root / data.dataset).is_dir():
+        raise ValueError(
+            f"There is no file or folder {data.dataset!r}, and a Hub data set is named OWNER/NAME. Check --data."
+        )
+    items = Items([data], modality, root, strict=strict)
     model, record = load_source(source, revision, [modality], {"dtype": dtype})
     if not hasattr(model, f"get_{modality}_features"):
         raise ValueError(

@@ -136,6 +136,56 @@ def test_ex_mcr_tells_the_spaces_of_its_files_by_their_names(tmp_path, capsys):
         assert "Cannot tell the space of" in capsys.readouterr().err
 
 
+def test_ex_mcr_takes_paths_with_an_equals_sign_and_no_file_twice(tmp_path, capsys):
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    torch.save(ex_heads(8), folder / "ex_clap.pt")
+    assert run("ex-mcr", "--checkpoint", folder / "ex_clap.pt", "--output", tmp_path / "a") == 0
+    assert run("ex-mcr", "--checkpoint", f"clap={folder / 'ex_clap.pt'}", "--output", tmp_path / "b") == 0
+    given = [f"{space}={folder / 'ex_clap.pt'}" for space in ("clap", "ulip")]
+    assert run("ex-mcr", "--checkpoint", *given, "--output", tmp_path / "c") == 1
+    assert "The two files are the same" in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_named_as_what_it_is(heads, shared, tmp_path, capsys):
+    for kind, path, right in (
+        ("laion-clap", heads, "cmcr"),
+        ("laion-clap", shared / "official/golden/ulip_small.pt", "ulip"),
+        ("ulip", shared / "official/golden/laion_clap_small_fused.pt", "laion-clap"),
+        ("ex-mcr", f"clap={heads}", "cmcr"),
+    ):
+        assert run(kind, "--checkpoint", path, "--output", tmp_path / "out") == 1
+        assert f"It looks like a file for `cmcr convert {right}`" in capsys.readouterr().err
+
+
+def test_a_link_to_an_empty_folder_stays_one(heads, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert run("cmcr", "--checkpoint", heads, "--output", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model.safetensors").is_file()
+
+
+def test_of_two_conversions_into_one_folder_one_is_told(heads, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    save = CMCRConnector.save_pretrained
+
+    def after_another(self, folder, **options):
+        out.mkdir(exist_ok=True)
+        (out / "of another run").write_text("whole")
+        save(self, folder, **options)
+
+    monkeypatch.setattr(CMCRConnector, "save_pretrained", after_another)
+    assert run("cmcr", "--checkpoint", heads, "--output", out) == 1
+    assert f"{out} was filled by another run meanwhile" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["of another run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"clap_clip.pt", "out"}
+
+
+def test_connector_only_asks_for_sources(heads, tmp_path, capsys):
+    assert run("cmcr", "--checkpoint", heads, "--output", tmp_path / "out", "--connector-only") == 1
+    assert "--connector-only names sources" in capsys.readouterr().err
+
+
 def ulip_weights(shared):
     fields = {
         "point_config": {"num_groups": 16, "group_size": 8, "num_attention_heads": 4},

@@ -91,8 +91,8 @@ def changed(**changes):
     ("state", "reason"),
     [
         (changed(**{"Head_A.net3.0.weight": torch.zeros(1)}), r"Unknown key 'Head_A\.net3\.0\.weight'"),
-        (changed(**{"Head_B.net2.1.running_var": None}), r"lacks .*projectors\.clip\.layers\.4\.running_var"),
-        (changed(**{"Head_A.net2.0.weight": None}), r"lacks .*projectors\.clap\.layers\.3\.weight"),
+        (changed(**{"Head_B.net2.1.running_var": None}), r"lacks weights, .*projectors\.clip\.layers\.4\.running_var"),
+        (changed(**{"Head_A.net2.0.weight": None}), r"lacks weights, .*projectors\.clap\.layers\.3\.weight"),
         (changed(**{"Head_B.net2.0.weight": None}), r"Missing key 'Head_B\.net2\.0\.weight'"),
         (changed(**{"Head_B.net2.1.weight": torch.zeros(3)}), r"Misshapen .*projectors\.clip\.layers\.4\.weight"),
         (changed(**{"Head_A.net1.0.weight": torch.zeros(6)}), r"Misshapen key 'Head_A\.net1\.0\.weight'"),

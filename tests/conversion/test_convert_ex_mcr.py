@@ -90,7 +90,7 @@ def test_a_projector_of_this_layout_asks_for_the_modality(tmp_path):
     ("changes", "reason"),
     [
         ({"Head3.weight": torch.zeros(1)}, "Unknown key 'Head3.weight'"),
-        ({"Head1.bias": None}, r"lacks the weights that become 'projectors\.clap\.leaf_linear\.bias'"),
+        ({"Head1.bias": None}, r"lacks weights, such as those that become 'projectors\.clap\.leaf_linear\.bias'"),
         ({"Head1.weight": None}, r"Missing key 'Head1\.weight'"),
         ({"Head2.mlp2.net1.0.bias": torch.zeros(3)}, r"Misshapen .*'projectors\.clap\.layers\.5\.bias'"),
     ],

@@ -370,7 +370,7 @@ def test_a_file_that_was_cut_short_is_refused(golden, tmp_path):
             {"audio_branch.patch_embed.fusion_model.local_att2.0.weight": torch.zeros(1)},
             r"Unknown key '.*local_att2\.0\.weight'",
         ),
-        ({"logit_scale_a": None}, r"lacks the weights that become 'logit_scale_a'"),
+        ({"logit_scale_a": None}, r"lacks weights, such as those that become 'logit_scale_a'"),
         ({"audio_branch.layers.3.blocks.1.mlp.fc2.bias": None}, r"lacks .*layers\.3\.blocks\.1\.output\.dense\.bias'"),
         ({TABLE: None}, r"Missing key '.*layers\.0\.blocks\.0\.attn\.relative_position_bias_table'"),
         ({"text_branch.pooler.dense.weight": None}, r"lacks .*'text_model\.pooler\.dense\.weight'"),

@@ -186,8 +186,6 @@ ATTRIBUTE = b"\x80\x04" + short("numpy") + short("core.multiarray._reconstruct._
         (header() + ATTRIBUTE, "numpy.core.multiarray._reconstruct.__globals__"),
         (header() + b"\x80\x04cnumpy ndarray\nx\n.", "numpy.ndarray.x"),
         (header() + b"\x80\x02\x82\x01.", "takes the step EXT1"),
-        (header() + b"\x80\x02K\x01Q.", "takes the step BINPERSID"),
-        (header() + b"\x80\x02cnumpy\nndarray\n)\x81.", "takes the step NEWOBJ"),
         (header() + b"\x80\x05\x97.", "takes the step NEXT_BUFFER"),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_file_of_the_point_encoder_alone_makes_a_model_without_the_other_tower
     [
         ({"open_clip_model.logit_scale": torch.zeros(1)}, r"Unknown key 'open_clip_model\.logit_scale'"),
         ({"pc_projection": None}, "Missing key 'pc_projection'"),
-        ({"visual.norm.bias": None}, r"lacks the weights that become 'vision_model\.layernorm\.bias'"),
+        ({"visual.norm.bias": None}, r"lacks weights, such as those that become 'vision_model\.layernorm\.bias'"),
         ({"point_encoder.norm.weight": torch.zeros(5)}, r"Misshapen .*'point_model\.layer_norm\.weight'"),
         ({"visual.blocks.0.attn.qkv.weight": torch.zeros(5, 48)}, r"Misshapen key 'visual\.blocks\.0\.attn\.qkv"),
     ],

@@ -48,6 +48,25 @@ def test_strict_stops_at_a_bad_file(pictures, tiny_clip, tmp_path, capsys):
     assert "2.png" in capsys.readouterr().err
 
 
+def test_files_that_are_not_there_are_listed_too(pictures, tiny_clip, tmp_path, capsys):
+    (pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "files.csv").write_text("file\n0.png\nmissing.png\n1.png\n")
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image"]
+    assert run("--data", pictures, *options, "--output", tmp_path / "folder") == 0
+    assert run("--data", tmp_path / "files.csv", "--files", pictures, *options, "--output", tmp_path / "table") == 0
+    assert EmbeddingStore.open(tmp_path / "folder").rows == 5
+    assert EmbeddingStore.open(tmp_path / "table").keys() == ["0.png", "1.png"]
+    assert "missing.png" in (tmp_path / "table" / "rejects.jsonl").read_text()
+    assert run("--data", pictures, *options, "--output", tmp_path / "strict", "--strict") == 1
+    assert "gone.png leads to a file that is not there" in capsys.readouterr().err
+
+
+def test_a_mistyped_path_is_said_to_be_none(tiny_clip, tmp_path, capsys):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", "nope", *options) == 1
+    assert "There is no file or folder 'nope'" in capsys.readouterr().err
+
+
 def test_a_table_of_texts_becomes_a_store(tiny_clap, tmp_path):
     (tmp_path / "texts.csv").write_text("id,caption\n1,a dog barks\n2,the sea\n3,a bell rings\n")
     options = ["--source", tiny_clap, "--space", "clap", "--modality", "text", "--output", tmp_path / "store"]
