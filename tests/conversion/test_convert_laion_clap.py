@@ -385,8 +385,12 @@ def test_a_file_that_was_cut_short_is_refused(golden, tmp_path):
         ),
         ({"logit_scale_a": torch.zeros(0)}, r"Empty key 'logit_scale_a' of shape \[0\]"),
         (
+            {"audio_branch.norm.bias": torch.full((64,), 1e300, dtype=torch.float64)},
+            r"'audio_branch\.norm\.bias' are not finite in float32",
+        ),
+        (
             {"audio_branch.bn0.running_var": torch.full((64,), -0.5)},
-            r"variances 'audio_branch\.bn0\.running_var' have -0\.5 among them",
+            r"variances 'audio_branch\.bn0\.running_var' are below 0",
         ),
         ({"text_branch.embeddings.word_embeddings.weight": torch.zeros(1, 64)}, "Padding_idx"),
         (
