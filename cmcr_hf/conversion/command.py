@@ -212,7 +212,8 @@ def _read_open_clip(arguments: argparse.Namespace, report: Callable[[str], None]
 
     (given,) = arguments.checkpoint
     name, _, tag = given.partition("/")
-    if Path(given).exists() or not tag or Path(given).suffix in (".pt", ".bin", ".safetensors"):
+    # Tags of open_clip have neither folders nor endings, so that a missing file is not taken for one.
+    if Path(given).exists() or not name or not tag or "/" in tag or Path(given).suffix[1:2].isalpha():
         model, checkpoint = read_clip(given, activation=arguments.activation)
         config = read_config(given)
     elif arguments.activation is not None:
@@ -221,8 +222,10 @@ def _read_open_clip(arguments: argparse.Namespace, report: Callable[[str], None]
         model, checkpoint = read_named_clip(name, tag)
         config = named_config(name, tag)
     vision: Any = model.config.vision_config
+    text: Any = model.config.text_config
     preprocess = {"size": vision.image_size, **((config or {}).get("preprocess_cfg") or {})}
-    parts = CLIPProcessor(image_processor(preprocess), tokenizer(arguments.tokenizer))
+    sizes = {"vocab_size": text.vocab_size, "context_length": text.max_position_embeddings}
+    parts = CLIPProcessor(image_processor(preprocess), tokenizer(arguments.tokenizer, **sizes))
     return Converted(model, [checkpoint], prove_clip(model, checkpoint), [parts])
 
 

@@ -70,8 +70,12 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     """Return the weights of a LAION-CLAP checkpoint, its keys without `module.`, under the names of [`ClapModel`].
 
     Raises:
-        ValueError: a key is none of this architecture, or its values are not finite; names it.
+        ValueError: a key is none of this architecture, is empty, has values that are not finite, or variances below
+            zero; names it.
     """
+    for key, tensor in state_dict.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"Empty key {key!r} of shape {list(tensor.shape)}. Pass the released file as it is.")
     return convert_keys(state_dict, KEYS, UPSTREAM)
 
 
@@ -82,7 +86,8 @@ def clap_config(state_dict: Mapping[str, torch.Tensor], *, text_heads: int = 12)
         text_heads: of each RoBERTa layer, which no shape tells; upstream knows `roberta-base` alone, which has 12.
 
     Raises:
-        ValueError: a key is missing, or a shape is none of this architecture; names it.
+        ValueError: a key is missing, a shape is none of this architecture, or the heads do not divide the width of
+            the text branch; names it.
     """
     block, fused = "audio_branch.layers.{}.blocks.0.", "audio_branch.patch_embed.mel_conv2d.weight" in state_dict
     types = width(state_dict, "text_branch.embeddings.token_type_embeddings.weight")
@@ -116,9 +121,16 @@ def clap_config(state_dict: Mapping[str, torch.Tensor], *, text_heads: int = 12)
     if fused:
         reduced = width(state_dict, "audio_branch.patch_embed.fusion_model.local_att.0.weight")
         audio["aff_block_r"] = channels // max(reduced, 1)
+    text_width = width(state_dict, "text_branch.embeddings.word_embeddings.weight", 1)
+    if text_heads < 1 or text_width % text_heads:
+        raise ValueError(
+            f"Expected a text branch whose width is a multiple of its {text_heads} attention heads, got {text_width}. "
+            "No weights show the heads: 12 are assumed, as RoBERTa-base has; pass another number as read_clap(path, "
+            "text_heads=)."
+        )
     text = {
         "vocab_size": width(state_dict, "text_branch.embeddings.word_embeddings.weight"),
-        "hidden_size": width(state_dict, "text_branch.embeddings.word_embeddings.weight", 1),
+        "hidden_size": text_width,
         "num_hidden_layers": count(state_dict, r"text_branch\.encoder\.layer\.(\d+)\."),
         "num_attention_heads": text_heads,
         "intermediate_size": width(state_dict, "text_branch.encoder.layer.0.intermediate.dense.weight"),
@@ -212,13 +224,15 @@ def prove_clap(model: ClapModel, checkpoint: Checkpoint) -> Proof:
     mask = (torch.arange(length) < torch.tensor([[length], [20], [3]])).long()
     ids = torch.randint(text.vocab_size, mask.shape, generator=generator).where(mask == 1, PAD)
     double = copy.deepcopy(model).double()
-    upstream, reference = _upstream(checkpoint.weights, model.config)
+    # Of float64 the model has the nearest float32.
+    weights = {key: value.float() if value.is_floating_point() else value for key, value in checkpoint.weights.items()}
+    upstream, reference = _upstream(weights, model.config)
     with torch.no_grad():
         audio_embeds = double.get_audio_features(features, is_longer=is_longer).pooler_output
         text_embeds = double.get_text_features(ids, attention_mask=mask).pooler_output
         if upstream is None:
-            expected_audio = audio_outputs(checkpoint.weights, features, is_longer)["projected"]
-            outputs = text_outputs(checkpoint.weights, ids, mask, heads=text.num_attention_heads)
+            expected_audio = audio_outputs(weights, features, is_longer)["projected"]
+            outputs = text_outputs(weights, ids, mask, heads=text.num_attention_heads)
             expected_text = outputs["projected"]
         else:
             key = "mel_fusion" if audio.enable_fusion else "waveform"

@@ -6,6 +6,7 @@ transformer beside it, or behind `text.` as `CustomTextCLIP` has it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import sys
@@ -54,11 +55,23 @@ UPSTREAM = (
     "open_clip's CLIP with a plain ViT (a model of another architecture is used as it is, as the source "
     "'open_clip:NAME/TAG')"
 )
-# What a model_cfg may say beside sizes without being another architecture, and what its weights do not show.
+# The sizes in a model_cfg that weights show: open_clip's default, and the name in a configuration of transformers.
 SIZES = {
-    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+    "vision_cfg": {
+        "width": (768, "hidden_size"),
+        "layers": (12, "num_hidden_layers"),
+        "patch_size": (16, "patch_size"),
+        "image_size": (224, "image_size"),
+    },
+    "text_cfg": {
+        "width": (512, "hidden_size"),
+        "layers": (12, "num_hidden_layers"),
+        "vocab_size": (49408, "vocab_size"),
+        "context_length": (77, "max_position_embeddings"),
+    },
 }
+# What else a model_cfg may say without being another architecture, and what its weights do not show.
+OTHERS = {"vision_cfg": {"head_width", "mlp_ratio", "patch_dropout"}, "text_cfg": {"heads", "mlp_ratio"}}
 DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
 # Heads are 64 wide, but in these ViTs: H-14 (1280), g-14, bigG-14 and e-14.
 WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -239,15 +252,74 @@ def _config(
             )
         return clip_config(weights, activation=activation)
     _check_architecture(model)
-    known = ACTIVATIONS[bool(model.get("quick_gelu"))]
+    quick_gelu = model.get("quick_gelu", False)
+    if not isinstance(quick_gelu, bool):
+        raise ValueError(
+            f"its configuration has quick_gelu={quick_gelu!r:.80}, expected true or false. Put the model's own "
+            f"{CONFIG_NAME} beside the weights."
+        )
+    known = ACTIVATIONS[quick_gelu]
     if activation not in (None, known):
         raise ValueError(f"its configuration has the activation {known!r}, got {activation!r}. Leave it out.")
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    return clip_config(
-        weights,
-        activation=known,
-        vision_heads=vision.get("width", 768) // max(vision.get("head_width", 64), 1),
-        text_heads=text.get("heads", 8),
+    # Of one head each, which any width has, until it is known that the heads are this model's.
+    config = clip_config(weights, activation=known, vision_heads=1, text_heads=1)
+    vision_heads, text_heads = _checked_heads(model, config)
+    return clip_config(weights, activation=known, vision_heads=vision_heads, text_heads=text_heads)
+
+
+def _checked_heads(model: Mapping[str, Any], config: Any) -> tuple[int, int]:
+    """Return the vision and text heads that a `model_cfg` tells, once its sizes are those that weights show.
+
+    The heads alone are in no weights: the proof takes them from here too.
+
+    Raises:
+        ValueError: a size is no positive whole number or not that of the weights, or the heads do not divide the
+            width; names it.
+    """
+    _check_size("embed_dim", model.get("embed_dim"), config.projection_dim)
+    towers = {"vision_cfg": config.vision_config, "text_cfg": config.text_config}
+    for part, tower in towers.items():
+        for key, (default, name) in SIZES[part].items():
+            _check_size(f"{part}.{key}", model[part].get(key, default), getattr(tower, name))
+    for part, tower in towers.items():
+        ratio, hidden_size = model[part].get("mlp_ratio", 4.0), tower.hidden_size
+        # open_clip rounds the product down. A comparison with NaN is false.
+        if type(ratio) not in (int, float) or not 0 <= hidden_size * ratio - tower.intermediate_size < 1:
+            raise _another_model(f"{part}.mlp_ratio", ratio, tower.intermediate_size / hidden_size)
+    vision, text = towers.values()
+    head_width = _divisor("vision_cfg.head_width", model["vision_cfg"].get("head_width", 64), vision.hidden_size)
+    return vision.hidden_size // head_width, _divisor(
+        "text_cfg.heads", model["text_cfg"].get("heads", 8), text.hidden_size
+    )
+
+
+def _check_size(name: str, size: Any, shown: int) -> None:
+    if _positive(name, size) != shown:
+        raise _another_model(name, size, shown)
+
+
+def _divisor(name: str, size: Any, hidden_size: int) -> int:
+    if hidden_size % _positive(name, size):
+        raise ValueError(
+            f"its {CONFIG_NAME} has {name}={size}, expected a divisor of the width {hidden_size}. Put the model's own "
+            "beside the weights."
+        )
+    return int(size)
+
+
+def _positive(name: str, size: Any) -> int:
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"its {CONFIG_NAME} has {name}={size!r:.80}, expected a positive whole number. Put the model's own beside "
+            "the weights."
+        )
+    return size
+
+
+def _another_model(name: str, said: object, shown: object) -> ValueError:
+    return ValueError(
+        f"its {CONFIG_NAME} has {name}={said!r:.80}, its weights have {shown}: this configuration is of another "
+        "model. Put the model's own beside the weights."
     )
 
 
@@ -257,7 +329,10 @@ def _check_architecture(model: Mapping[str, Any]) -> None:
         f"{part}.{key}": value
         for part, sizes in SIZES.items()
         for key, value in model[part].items()
-        if key not in sizes and value not in (None, False) and value not in DEFAULTS.get(key, ())
+        if key not in sizes
+        and key not in OTHERS[part]
+        and value not in (None, False)
+        and value not in DEFAULTS.get(key, ())
     }
     known = {"embed_dim", "quick_gelu", "custom_text", "init_logit_scale", *SIZES}
     unknown |= {key: value for key, value in model.items() if key not in known and value}
@@ -266,29 +341,36 @@ def _check_architecture(model: Mapping[str, Any]) -> None:
         raise ValueError(f"Cannot convert a model with {key}={value!r:.80}: expected {UPSTREAM}.")
 
 
-def tokenizer(source: str | None = None) -> PreTrainedTokenizerBase:
-    """Return CLIP's tokenizer: from open_clip's vocabulary where it is installed, else from the Hub.
+def tokenizer(source: str | None = None, *, vocab_size: int, context_length: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a converted model: CLIP's, from open_clip where it is installed, else from the Hub.
 
     Args:
         source: a folder or Hub id to take the tokenizer from instead.
+        vocab_size, context_length: of the model; longer texts are cut to `context_length` tokens.
 
     Raises:
-        ValueError: the vocabulary found is not CLIP's.
+        ValueError: the tokenizer has another vocabulary than the model, or does not end a text with its last token,
+            at which the model pools.
         OSError: there is no such folder or repository.
     """
-    if source is None:
-        try:
-            open_clip = import_upstream("open_clip", "open-clip")
-        except ImportError:
-            source = TOKENIZER
-        else:
-            return clip_tokenizer(open_clip.SimpleTokenizer())
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    name = source or TOKENIZER
+    found: PreTrainedTokenizerBase
+    if source is None and importlib.util.find_spec("open_clip") is not None:
+        found = clip_tokenizer(import_upstream("open_clip", "open-clip").SimpleTokenizer())
+    else:
+        found = AutoTokenizer.from_pretrained(name)
     # Offline, transformers makes a tokenizer without a vocabulary instead of an error.
-    if len(found) != VOCABULARY:
+    if len(found) != vocab_size:
         raise ValueError(
-            f"Expected CLIP's {VOCABULARY} tokens in {source!r}, got {len(found)}. Pass a folder with the tokenizer "
-            f"of {TOKENIZER}, or install open_clip."
+            f"The tokenizer {name!r} has {len(found)} tokens, the model knows {vocab_size}. Name a folder or Hub id "
+            "that has the model's own as --tokenizer."
+        )
+    found.model_max_length = context_length
+    ids = found("a")["input_ids"]
+    if ids[-1:] != [vocab_size - 1]:
+        raise ValueError(
+            f"The tokenizer {name!r} ends texts with the token {ids[-1:]}, the model pools them at the last of its "
+            f"vocabulary, {vocab_size - 1}. Name a folder or Hub id that has the model's own as --tokenizer."
         )
     return found
 

@@ -379,7 +379,19 @@ def test_a_file_that_was_cut_short_is_refused(golden, tmp_path):
         ({"audio_branch.layers.0.blocks.0.attn.qkv.bias": torch.zeros(25)}, r"Misshapen key '.*qkv\.bias'"),
         ({"text_branch.embeddings.token_type_embeddings.weight": torch.zeros(2, 64)}, r"got 2 types"),
         ({"audio_branch.patch_embed.proj.weight": torch.zeros(8, 4, 4, 4)}, r"patch_embed\.proj\.weight': expected"),
-        ({"audio_branch.patch_embed.proj.weight": torch.zeros(0, 1, 0, 0)}, ""),
+        (
+            {"audio_branch.patch_embed.proj.weight": torch.zeros(0, 1, 0, 0)},
+            r"Empty key '.*proj\.weight' of shape \[0, 1",
+        ),
+        ({"logit_scale_a": torch.zeros(0)}, r"Empty key 'logit_scale_a' of shape \[0\]"),
+        (
+            {"audio_branch.norm.bias": torch.full((64,), 1e300, dtype=torch.float64)},
+            r"'audio_branch\.norm\.bias' are not finite in float32",
+        ),
+        (
+            {"audio_branch.bn0.running_var": torch.full((64,), -0.5)},
+            r"variances 'audio_branch\.bn0\.running_var' are below 0",
+        ),
         ({"text_branch.embeddings.word_embeddings.weight": torch.zeros(1, 64)}, "Padding_idx"),
         (
             {"text_branch.encoder.layer.99999999.output.dense.bias": torch.zeros(1)},
@@ -412,8 +424,18 @@ def test_swapped_projections_of_unequal_widths_are_refused(golden, tmp_path):
 
 
 def test_the_heads_of_another_text_branch_are_asked_for(golden):
-    with pytest.raises(ValueError, match=r"hidden size \(64\) is not a multiple of the number of attention heads"):
+    with pytest.raises(
+        ValueError, match=r"multiple of its 12 attention heads, got 64.* as read_clap\(path, text_heads="
+    ):
         read_clap(golden / "laion_clap_small_unfused.pt")
+    with pytest.raises(ValueError, match="multiple of its 0 attention heads, got 64"):
+        read_clap(golden / "laion_clap_small_unfused.pt", text_heads=0)
+
+
+def test_a_checkpoint_whose_tensors_are_all_empty_is_refused(golden, tmp_path):
+    weights = {key: tensor.new_zeros((0, *tensor.shape[1:])) for key, tensor in state(golden, "fused").items()}
+    with pytest.raises(ValueError, match=r"Cannot read .*clap\.pt: Empty key"):
+        read_clap(save(tmp_path, weights))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -436,6 +458,16 @@ def test_a_converted_model_gives_what_a_plain_reading_gives(golden, kind, withou
     assert proof.differences["audio"] < 1e-12
     assert proof.differences["text"] < 3e-7
     assert model.logit_scale_a.dtype == torch.float32
+
+
+def test_weights_of_double_precision_are_proven_as_the_float32_that_is_saved(golden, tmp_path, without_laion_clap):
+    weights = state(golden, "unfused")
+    for key in ("audio_projection.0.weight", "text_projection.0.weight"):
+        # No float32 has these values.
+        weights[key] = weights[key].double() * (1 + 2.0**-26)
+    model, checkpoint = read_clap(save(tmp_path, weights), text_heads=HEADS)
+    assert checkpoint.weights["audio_projection.0.weight"].dtype == torch.float64
+    assert prove_clap(model, checkpoint).differences["audio"] < 1e-12
 
 
 @pytest.mark.parametrize(

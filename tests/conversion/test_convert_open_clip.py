@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, PreTrainedTokenizerFast
 
+from cmcr_hf.cli import main
 from cmcr_hf.conversion import convert_open_clip
 from cmcr_hf.conversion.checkpoint import Checkpoint
 from cmcr_hf.conversion.convert_open_clip import (
@@ -74,6 +76,7 @@ MODEL = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16, "mlp_ratio": 2.0},
     "text_cfg": {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2},
 }
+MODEL["text_cfg"]["mlp_ratio"] = 2
 
 
 def put(folder: Path, weights: Weights, model: dict | None = MODEL, name: str = "open_clip_model.safetensors") -> Path:
@@ -151,6 +154,15 @@ def test_half_precision_and_a_logit_scale_of_one_row_are_read(tmp_path: Path) ->
     prove_clip(model, checkpoint)
 
 
+def test_weights_of_double_precision_are_proven_as_the_float32_that_is_saved(tmp_path: Path) -> None:
+    # No float32 has these values.
+    weights = {key: tensor.double() * (1 + 2.0**-26) for key, tensor in tiny_weights().items()}
+    model, checkpoint = read_clip(put(tmp_path, weights))
+    assert checkpoint.weights["visual.proj"].dtype == torch.float64
+    assert torch.equal(model.visual_projection.weight, weights["visual.proj"].float().T)
+    assert max(prove_clip(model, checkpoint).differences.values()) < 2e-6
+
+
 def test_the_stored_mask_has_no_counterpart(tmp_path: Path) -> None:
     weights = {**tiny_weights(), "attn_mask": torch.full((LENGTH, LENGTH), -torch.inf).triu(1)}
     assert convert_state_dict(weights).keys() == convert_state_dict(tiny_weights()).keys()
@@ -205,7 +217,7 @@ def test_a_first_layer_larger_than_the_others_takes_no_memory(tmp_path: Path) ->
     for name, shape in (("c_fc.weight", (2**14, 64)), ("c_fc.bias", (2**14,)), ("c_proj.weight", (64, 2**14))):
         weights[f"visual.transformer.resblocks.0.mlp.{name}"] = torch.zeros(shape)
     with pytest.raises(ValueError, match="lacks weights"):
-        read_clip(put(tmp_path, weights))
+        read_clip(put(tmp_path, weights, changed("vision_cfg", "mlp_ratio", 256)))
 
 
 # Configuration
@@ -294,13 +306,168 @@ def test_a_file_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.M
         read_clip(put(tmp_path, tiny_weights()))
 
 
+# A configuration of another model
+
+
+def changed(part: str | None, field: str, value: object) -> dict:
+    return {**MODEL, part: {**MODEL[part], field: value}} if part else {**MODEL, field: value}
+
+
+OTHER_SIZES = [
+    (None, "embed_dim", 32, "24"),
+    ("vision_cfg", "width", 128, "64"),
+    ("vision_cfg", "layers", 3, "2"),
+    ("vision_cfg", "patch_size", 16, "8"),
+    ("vision_cfg", "image_size", 64, "32"),
+    ("vision_cfg", "mlp_ratio", 4.0, r"2\.0"),
+    ("vision_cfg", "mlp_ratio", float("nan"), r"2\.0"),
+    ("vision_cfg", "mlp_ratio", 1e308, r"2\.0"),
+    ("vision_cfg", "mlp_ratio", "2.0", r"2\.0"),
+    ("vision_cfg", "mlp_ratio", None, r"2\.0"),
+    ("text_cfg", "width", 128, "64"),
+    ("text_cfg", "layers", 1, "2"),
+    ("text_cfg", "context_length", 77, "12"),
+    ("text_cfg", "vocab_size", 49408, "40"),
+    ("text_cfg", "mlp_ratio", 4.0, r"2\.0"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "shown"), OTHER_SIZES)
+def test_a_size_other_than_that_of_the_weights_is_refused(
+    tmp_path: Path, part: str | None, field: str, value: object, shown: str
+) -> None:
+    message = rf"Cannot convert .*open_clip_config\.json has .*{field}=.*weights have {shown}: .* of another model"
+    with pytest.raises(ValueError, match=message):
+        read_clip(put(tmp_path, tiny_weights(), changed(part, field, value)))
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("vision_cfg", "width"), ("vision_cfg", "image_size"), ("text_cfg", "layers"), (None, "embed_dim")],
+)
+def test_a_size_that_is_left_out_is_open_clips_default(tmp_path: Path, part: str | None, field: str) -> None:
+    model = json.loads(json.dumps(MODEL))
+    del (model[part] if part else model)[field]
+    with pytest.raises(ValueError, match=rf"{field}="):
+        read_clip(put(tmp_path, tiny_weights(), model))
+
+
+@pytest.mark.parametrize("value", ["64", None, [64], 64.0, True, 0, -64, {}])
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        (None, "embed_dim"),
+        ("vision_cfg", "width"),
+        ("vision_cfg", "head_width"),
+        ("text_cfg", "heads"),
+        ("text_cfg", "context_length"),
+    ],
+)
+def test_a_size_that_is_no_positive_whole_number_is_refused(
+    tmp_path: Path, part: str | None, field: str, value: object
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"open_clip_config\.json has .*{field}=.*, expected a positive whole number"
+    ):
+        read_clip(put(tmp_path, tiny_weights(), changed(part, field, value)))
+
+
+@pytest.mark.parametrize(("part", "field"), [("vision_cfg", "head_width"), ("text_cfg", "heads")])
+def test_heads_of_a_configuration_that_do_not_divide_the_width_are_refused(
+    tmp_path: Path, part: str, field: str
+) -> None:
+    for value in (3, 128):
+        with pytest.raises(ValueError, match=rf"{field}={value}, expected a divisor of the width 64"):
+            read_clip(put(tmp_path, tiny_weights(), changed(part, field, value)))
+
+
+@pytest.mark.parametrize("value", ["false", 1, None, []])
+def test_an_activation_of_a_configuration_that_is_no_truth_value_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match=r"quick_gelu=.*, expected true or false"):
+        read_clip(put(tmp_path, tiny_weights(), changed(None, "quick_gelu", value)))
+
+
 # Tokenizer
 
 
-def test_a_tokenizer_without_clips_vocabulary_is_refused(tmp_path: Path) -> None:
+def save_tokenizer(folder: Path, last: str = "</s>") -> str:
+    """A tokenizer of 20 words, which ends texts with `last`."""
+    words = [*(f"word{index}" for index in range(18)), "<s>", "</s>"]
+    model = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="word0"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {last}", special_tokens=[("<s>", 18), (last, words.index(last))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=last, pad_token=last, model_max_length=50
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_is_that_of_its_folder_with_the_length_of_the_model(tmp_path: Path) -> None:
+    found = tokenizer(save_tokenizer(tmp_path), vocab_size=20, context_length=5)
+    assert found.model_max_length == 5
+    assert found("word3 " * 9, truncation=True)["input_ids"] == [18, 3, 3, 3, 19]
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    source = save_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"has 20 tokens, the model knows 49408\. Name .* as --tokenizer"):
+        tokenizer(source, vocab_size=49408, context_length=77)
+
+
+def test_a_tokenizer_that_transformers_made_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     CLIPTokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Expected CLIP's 49408 tokens"):
-        tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match="tokens, the model knows 49408"):
+        tokenizer(str(tmp_path), vocab_size=49408, context_length=77)
+
+
+def test_a_tokenizer_that_ends_texts_where_the_model_does_not_pool_is_refused(tmp_path: Path) -> None:
+    source = save_tokenizer(tmp_path, "word7")
+    with pytest.raises(ValueError, match=r"ends texts with the token \[7\], the model pools .* 19\..* as --tokenizer"):
+        tokenizer(source, vocab_size=20, context_length=5)
+
+
+# The command
+
+
+def test_a_model_of_its_own_vocabulary_is_written_with_a_tokenizer_of_its_length(tmp_path: Path) -> None:
+    path = put(tmp_path, tiny_weights(vocabulary=20), changed("text_cfg", "vocab_size", 20))
+    out, source = tmp_path / "out", save_tokenizer(tmp_path / "tokenizer")
+    options = ["--output", str(out), "--tokenizer", source]
+    assert main(["convert", "open-clip", "--checkpoint", str(path), *options]) == 0
+    model, processor = CLIPModel.from_pretrained(out), CLIPProcessor.from_pretrained(out)
+    assert processor.tokenizer.model_max_length == LENGTH
+    ids = processor.tokenizer(["word3 word4", "word5 " * 50], padding="max_length", truncation=True)["input_ids"]
+    assert [len(row) for row in ids] == [LENGTH, LENGTH] and ids[0][:4] == [18, 3, 4, 19] and ids[1][-1] == 19
+    assert processor.image_processor.crop_size["height"] == model.config.vision_config.image_size == 32
+
+
+def test_a_tokenizer_of_another_model_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, source = put(tmp_path, tiny_weights()), save_tokenizer(tmp_path / "tokenizer")
+    options = ["--output", str(tmp_path / "out"), "--tokenizer", source]
+    assert main(["convert", "open-clip", "--checkpoint", str(path), *options]) == 1
+    assert "has 20 tokens, the model knows 40" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["weights.pth", "models/weights.ckpt", "models/vit/weights", "/weights"])
+def test_a_missing_file_is_not_taken_for_a_name_of_open_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "open-clip", "--checkpoint", given, "--output", "out"]) == 1
+    assert f"Cannot read {given}: there is no such file" in capsys.readouterr().err
+
+
+def test_a_name_of_open_clip_is_not_taken_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "ViT-B-32").mkdir()
+    assert main(["convert", "open-clip", "--checkpoint", "ViT-B-32/laion2b_s34b_b79k", "--output", "out"]) == 1
+    assert "The package open_clip is not installed" in capsys.readouterr().err
 
 
 def test_the_checkpoint_knows_its_file(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_member_of_full_size_gives_what_open_clip_gives(
         record(f"open_clip conversion, {name} of full size", f"{modality} embeddings", difference, 2e-6)
     # What upstream's preprocessing gives, through each model whole.
     texts = ["a photo of a cat", "two dogs, one of them asleep", "a " * 100]
-    ids = tokenizer()(texts, padding=True, truncation=True, return_tensors="pt")
+    ids = tokenizer(vocab_size=49408, context_length=77)(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         found = model.get_text_features(**ids).pooler_output
         expected = original.encode_text(open_clip.get_tokenizer(name)(texts))
@@ -189,7 +189,9 @@ def test_texts_that_open_clip_repairs_or_takes_for_its_marks_have_other_ids(open
 
 def differing(open_clip: ModuleType, texts: list[str]) -> float:
     """Return the share of texts whose ids are not those of open_clip, padding aside."""
-    found = tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt")
+    found = tokenizer(vocab_size=49408, context_length=77)(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    )
     ids = found["input_ids"].masked_fill(found["attention_mask"] == 0, 0)
     return (ids != open_clip.get_tokenizer("ViT-B-32")(texts)).any(dim=1).float().mean().item()
 
