@@ -133,8 +133,9 @@ def _umask() -> int:
 
 def _finish(folder: Path) -> None:
     """Give safetensors files the permissions of the others, which are for their owner alone, and bring all to disk."""
+    usual = 0o666 & ~_umask()
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~_umask())
+        path.chmod(usual)
     sync_tree(folder)
 
 

@@ -234,16 +234,7 @@ def convert_keys(
     for key, tensor in state_dict.items():
         found = next(((match, new) for old, new in keys.items() if (match := re.fullmatch(old, key))), None)
         if found is None:
-            own = any(re.fullmatch(old, name) for old in keys for name in state_dict)
-            known = (
-                None
-                if own
-                else next(
-                    (kind for start, kind in KINDS.items() if any(name.startswith(start) for name in state_dict)), None
-                )
-            )
-            hint = f"It looks like a file for `cmcr convert {known}`" if known else "Pass the released file as it is"
-            raise ValueError(f"Unknown key {key!r}: expected {upstream}. {hint}.")
+            raise ValueError(f"Unknown key {key!r}: expected {upstream}. {_hint(state_dict, keys)}.")
         match, new = found
         if new is None:
             continue
@@ -267,6 +258,15 @@ def convert_keys(
         for name, rows in zip(names, tensor.chunk(len(names)), strict=True):
             converted[target.replace(parts[0], name)] = rows.contiguous()
     return converted
+
+
+def _hint(state_dict: Mapping[str, torch.Tensor], keys: Mapping[str, str | None]) -> str:
+    """Say what to do with a checkpoint that a table of keys does not know whole, or not at all."""
+    if not any(re.fullmatch(pattern, key) for pattern in keys for key in state_dict):
+        for start, kind in KINDS.items():
+            if any(key.startswith(start) for key in state_dict):
+                return f"It looks like a file for `cmcr convert {kind}`"
+    return "Pass the released file as it is"
 
 
 def load_weights(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], upstream: str) -> None:

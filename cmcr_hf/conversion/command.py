@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, ClapProcessor, CLIPProcessor, PreTrainedModel
+from transformers import ClapProcessor, CLIPProcessor, PreTrainedModel
 
 from cmcr_hf.conversion import convert_cmcr, convert_ex_mcr, convert_ulip
 from cmcr_hf.conversion.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from cmcr_hf.conversion.push import check_target, push_folder
 from cmcr_hf.durable import new_folder
 from cmcr_hf.modeling.configuration_cmcr import SPACE_MODALITIES, CMCRConfig
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
-from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+from cmcr_hf.modeling.processing_cmcr import CMCRProcessor, load_tokenizer
 from cmcr_hf.output import CARD, check_writable
 
 # Of the mean input of a projector's first BatchNorm with its running mean, both without the bias before it: with the
@@ -106,11 +106,13 @@ def _read_ex_mcr(arguments: argparse.Namespace, report: Callable[[str], None]) -
     paths: dict[str, str] = {}
     for given in arguments.checkpoint:
         named, separator, path = given.partition("=")
-        if not separator or named not in ("clap", "ulip"):
-            named, path = "", given
-        # Both files have one layout, so their names are all that tells them.
-        spaces = [named] if named else [space for space in ("clap", "ulip") if space in Path(path).name.lower()]
-        if len(spaces) != 1 or spaces[0] not in ("clap", "ulip") or spaces[0] in paths:
+        if separator and named in ("clap", "ulip"):
+            spaces = [named]
+        else:
+            # Both files have one layout, so their names are all that tells them.
+            path = given
+            spaces = [space for space in ("clap", "ulip") if space in Path(path).name.lower()]
+        if len(spaces) != 1 or spaces[0] in paths:
             raise ValueError(
                 f"Cannot tell the space of {given!r}, expected one file for CLAP and one for ULIP at most. Write "
                 f"--checkpoint clap={path} or ulip={path}."
@@ -245,13 +247,12 @@ def _read_ulip(arguments: argparse.Namespace, report: Callable[[str], None]) -> 
 def _tokenizer(source: str, vocab_size: int) -> Any:
     """Load a tokenizer from the Hub or a folder; ValueError where it is empty or larger than the vocabulary."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Cannot load the tokenizer {source!r}: {error} Name a folder or Hub id that has it as --tokenizer."
         ) from error
-    # Offline, transformers makes some tokenizers without a vocabulary instead of an error.
-    if not len(tokenizer.all_special_ids) < len(tokenizer) <= vocab_size:
+    if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer {source!r} has {len(tokenizer)} tokens, the model knows {vocab_size}. Name the model's "
             "own as --tokenizer."

@@ -23,11 +23,11 @@ from ..modeling import modeling_cmcr
 from ..modeling.configuration_cmcr import SPACE_MODALITIES
 from ..modeling.modeling_ulip import UlipModel
 from ..modeling.processing_cmcr import CMCRProcessor
+from ..output import CARD
 from .hub import CONVERSION, SOURCES, conversion_section, is_local
 
 logger = logging.get_logger(__name__)
 
-CARD = "README.md"
 # Of version control, caches and a run of Trainer, whose files of these names are pickles.
 LEFT_OUT = [".git", ".git/*", ".cache/*", "*__pycache__/*", "checkpoint-*/*", "*.tmp", "training_args.bin"]
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")

@@ -35,7 +35,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .folder import CARD, check_folder, check_sources, folder_files
+from ..output import CARD
+from .folder import check_folder, check_sources, folder_files
 from .hub import EVAL_RESULTS, is_local, model_card, public_name, quoted
 
 if TYPE_CHECKING:

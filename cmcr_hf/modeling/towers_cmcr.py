@@ -2,9 +2,10 @@
 """Build and load source encoders, whole or with the towers of some modalities alone."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
@@ -53,6 +54,14 @@ def source_id(source: str | os.PathLike) -> str:
     # open_clip takes a tag, which has no suffix, before a file of that name.
     local = os.path.isfile(path) and os.path.splitext(path)[1] != "" if prefix else os.path.exists(path)
     return prefix + os.path.abspath(path) if local else name
+
+
+def place_source(source: Any, arguments: Mapping[str, Any]) -> Any:
+    """Move a source that no `from_pretrained` loads to where its `device_map`, one device or "auto", and `dtype` say."""
+    device = arguments.get("device_map")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return source.to(device=device, dtype=arguments.get("dtype")).eval()
 
 
 def load_source(

@@ -7,13 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import ClapModel
 
 from ..conversion.checkpoint import read_checkpoint
 from ..conversion.convert_laion_clap import MAX_BYTES, clap_config, feature_extractor, read_clap
 from ..modeling.processing_cmcr import load_tokenizer
-from ..modeling.towers_cmcr import remove_other_towers
+from ..modeling.towers_cmcr import place_source, remove_other_towers
 
 TOKENIZER = "FacebookAI/roberta-base"
 
@@ -29,10 +28,7 @@ def load_model(source: str | os.PathLike, modalities: Collection[str], arguments
     """
     model, _ = read_clap(Path(source))
     remove_other_towers(model, modalities)
-    device = arguments.get("device_map")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    placed: ClapModel = model.to(device=device, dtype=arguments.get("dtype"))  # type: ignore[call-arg]
+    placed: ClapModel = place_source(model, arguments)
     return placed
 
 

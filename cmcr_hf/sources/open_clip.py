@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 
 from ..modeling.feature_extraction_cmcr import extract_image
 from ..modeling.sources_cmcr import SENTENCES, picture
-from ..modeling.towers_cmcr import remove_other_towers
+from ..modeling.towers_cmcr import place_source, remove_other_towers
 from .open_clip_names import check_activation, named_config, read_config
 from .open_clip_processing import clip_tokenizer, hf_tokenizer, image_processor
 from .upstream import import_upstream
@@ -259,10 +259,8 @@ def load_model(source: str | os.PathLike, modalities: Collection[str], arguments
     )
     model = OpenClipModel(config, original)
     remove_other_towers(model, modalities)
-    device = arguments.get("device_map")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device=device, dtype=arguments.get("dtype")).eval()  # type: ignore[call-arg]
+    placed: OpenClipModel = place_source(model, arguments)
+    return placed
 
 
 def load_parts(source: str | os.PathLike) -> dict[str, Any]:

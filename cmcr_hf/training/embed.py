@@ -22,6 +22,7 @@ from ..durable import sha256, write_durably
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.sources_cmcr import normalize, source_features
+from ..modeling.towers_cmcr import split_source
 from .data import Item, Items
 from .store import EmbeddingStore
 
@@ -271,13 +272,12 @@ def source_record(identity: str, revision: str | None, source: PreTrainedModel) 
     if Path(identity).is_dir():
         content = hashlib.sha256()
         for path in sorted(path for path in Path(identity).iterdir() if path.suffix in SOURCE_SUFFIXES):
-            with path.open("rb") as file:
-                content.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            content.update(f"{path.name} {sha256(path)}".encode())
         revision = content.hexdigest()
         # A folder is known by what it holds, wherever it lies.
         identity = Path(identity).name
     # Weights of another package by their file: FILE.pt, or open_clip:NAME/FILE.
-    elif (weights := Path(identity.partition("/")[2] if identity.startswith("open_clip:") else identity)).is_file():
+    elif (weights := Path(split_source(identity)[1])).is_file():
         revision = sha256(weights)
     config = source.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
