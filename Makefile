@@ -48,7 +48,7 @@ clean: ## remove the environment, the builds and the caches
 	@echo "Installing cmcr_hf and its tools into .venv (this may take a minute) ..."
 	@rm -f $@
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch -e ".[dev]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch -e ".[dev,test-s3]"
 	@touch $@
 
 # The compiled part of torchaudio is built for CUDA, and laion_clap needs none of it.

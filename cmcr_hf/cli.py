@@ -140,8 +140,15 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Embed texts, images, audio or point clouds with a CLIP, CLAP or ULIP into a folder of unit "
         "vectors in shards, which `python -m cmcr_hf.training.train` reads. Memory is bounded for any data set; a "
         "run that was stopped goes on. Items that cannot be read are left out and listed in rejects.jsonl.",
-        epilog="Example: cmcr embed --source openai/clip-vit-base-patch32 --space clip --modality image --data photos "
-        "--output stores/photos",
+        epilog="""examples:
+  cmcr embed --source openai/clip-vit-base-patch32 --space clip --modality image --data photos --output stores/photos
+  torchrun --nproc_per_node 8 --max-restarts 3 -m cmcr_hf.cli embed ...      a process for each GPU of a machine
+  cmcr embed --share 3/16 --output s3://bucket/stores/photos ...             one of 16 jobs, on any machines
+
+Processes that share a data set need nothing but the same --output: each embeds its share, then what the others have
+not come to, and the last one completes the store. Any of them may be stopped and started again, with another number
+of shares too.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--source",
@@ -160,7 +167,9 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "hf://datasets/OWNER/NAME/FOLDER; or a data set, its Hub id or, with --column, its folder (of WebDataset tars "
         "too)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the store")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the store, or an address such as s3://BUCKET/FOLDER"
+    )
     parser.add_argument(
         "--column", action="append", help="column of a table or data set; give it several times for several"
     )
@@ -182,6 +191,12 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--workers", type=_positive, help="threads that read and prepare (default: all processors but one, 16 at most)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first item that cannot be read")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help="embed the share I (from 0) of N processes (default: what torchrun or accelerate launch say, else 0/1)",
+    )
     _add_embedding_options(parser)
     parser.set_defaults(run=_embed)
 
@@ -191,13 +206,20 @@ def _embed(arguments: argparse.Namespace) -> None:
 
     from .output import check_writable
     from .training.embed_command import data_entry, embed_data
+    from .training.places import is_address
 
-    check_writable(arguments.output)
+    if not is_address(arguments.output):
+        check_writable(Path(arguments.output))
     names = ("column", "split", "config", "pattern", "files", "template", "limit")
     # The defaults of an entry are those of what it is made of: a folder has no split.
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) not in (None, "train")}
-    device = _device(arguments.device)
-    with _tuned(device):
+    share, device = arguments.share or (0, 1), arguments.device
+    if arguments.share is None and "RANK" in os.environ:
+        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    device = _device(device)
+    with _tuned(device, quiet=share[0] > 0):
         embed_data(
             arguments.source,
             arguments.space,
@@ -210,18 +232,27 @@ def _embed(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             workers=arguments.workers,
             strict=arguments.strict,
+            share=share,
         )
 
 
+def _share(text: str) -> tuple[int, int]:
+    own, _, shares = text.partition("/")
+    if not (own.isdecimal() and shares.isdecimal() and int(own) < int(shares)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(own), int(shares)
+
+
 @contextmanager
-def _tuned(device: str) -> Iterator[None]:
+def _tuned(device: str, *, quiet: bool = False) -> Iterator[None]:
     if device != "cpu":
         yield
         return
     from .cpu import tuned_cpu
 
     with tuned_cpu() as line:
-        print(line, flush=True)
+        if not quiet:
+            print(line, flush=True)
         yield
 
 

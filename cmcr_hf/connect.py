@@ -39,8 +39,9 @@ from .output import (
 from .pages.page import remove_page
 from .pages.report import write_report
 from .training.aggregate import aggregate
-from .training.data import HUB_DATASETS, Item, Items
+from .training.data import Item, Items
 from .training.embed import embed, source_record
+from .training.places import HUB_DATASETS
 from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
 from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector

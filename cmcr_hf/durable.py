@@ -61,9 +61,13 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that a kill or a power failure leaves the old bytes or the new ones."""
-    temporary = temporary_path(path)
+def write_durably(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Replace a file so that a kill or a power failure leaves the old bytes or the new ones.
+
+    Args:
+        temporary: written first, beside the file; one of the process's own where several may write the file at a time.
+    """
+    temporary = temporary or temporary_path(path)
     with named_write_errors(path.parent):
         with open(temporary, "wb") as file:
             file.write(data)
@@ -208,6 +212,11 @@ def sha256(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """Return the folder of a cache of this package: below `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmcr_hf" / name
 
 
 @contextmanager

@@ -167,7 +167,7 @@ DAMAGES = {
     ),
     "shard that is gone": (
         lambda out: (out / "stores/clip-image" / SHARD).unlink(),
-        f"out/stores/clip-image/{SHARD} cannot be read",
+        f"out/stores/clip-image/{SHARD} is missing",
         "stores/clip-image",
     ),
     "keys that are gone": (

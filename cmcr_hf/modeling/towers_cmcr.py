@@ -57,7 +57,7 @@ def source_id(source: str | os.PathLike) -> str:
 
 
 def place_source(source: Any, arguments: Mapping[str, Any]) -> Any:
-    """Move a source that no `from_pretrained` loads to where its `device_map`, one device or "auto", and `dtype` say."""
+    """Place a source that no `from_pretrained` loads as its `device_map`, one device or "auto", and `dtype` say."""
     device = arguments.get("device_map")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..durable import sha256
+from ..durable import cache_folder, sha256
 from ..training.data import SUFFIXES, load_table
 from .cache import FileDigests, VectorCache, batches
 from .embedder import Embedder
@@ -99,7 +99,7 @@ class SearchIndex:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {self.folder}. Check the path.")
-        root = _cache_folder() if cache is None else Path(cache)
+        root = cache_folder("search") if cache is None else Path(cache)
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root} is a file, expected a folder for the indexes. Name another one.")
         self._embedder = Embedder(os.fspath(model), FileDigests(root / "models.json"), device)
@@ -333,7 +333,3 @@ def _text_digest(text: str) -> str:
 def _key(modality: str, digest: str) -> bytes:
     """Return the key of a vector: what is embedded, and as what."""
     return hashlib.sha256(f"{modality} {digest}".encode()).digest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmcr_hf" / "search"

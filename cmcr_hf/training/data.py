@@ -6,15 +6,15 @@ import csv
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from .places import HUB_DATASETS, hub_commit, pinned_address
 from .recipe import DataSpec
 
-HUB_DATASETS = "hf://datasets/"
 SUFFIXES = {
     "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"},
     "audio": {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"},
@@ -29,6 +29,28 @@ class Item:
     key: str
     value: Any
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that is fetched when it is read, by whoever reads it, and where it lies."""
+
+    path: str
+    fetch: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items that follow each other and can be read by themselves: a stretch of a list, or one file of a data set.
+
+    Args:
+        size: number of its items, None where only their end tells.
+        read: gives its items from a place on, counted from 0.
+    """
+
+    number: int
+    size: int | None
+    read: Callable[[int], Iterator[Item]]
 
 
 class Items:
@@ -67,6 +89,25 @@ class Items:
     def __iter__(self) -> Iterator[Item]:
         return itertools.chain.from_iterable(self._parts)
 
+    def parts(self, rows: int) -> list[Part]:
+        """Return the parts that make up the items: of lists, stretches of `rows`; of data sets, their files."""
+        parts: list[Part] = []
+        for entry in self._parts:
+            if isinstance(entry, _Stream):
+                parts += [Part(len(parts) + file, None, partial(entry.read, file)) for file in range(entry.files)]
+            else:
+                stretches = [entry.items[start : start + rows] for start in range(0, len(entry.items), rows)]
+                first = len(parts)
+                parts += [
+                    Part(first + index, len(stretch), partial(_read_on, stretch))
+                    for index, stretch in enumerate(stretches)
+                ]
+        return parts
+
+
+def _read_on(items: list[Item], start: int) -> Iterator[Item]:
+    return iter(items[start:])
+
 
 @dataclass
 class _Listed:
@@ -81,11 +122,11 @@ class _RemoteFolder:
     """Files behind an fsspec address such as `hf://datasets/OWNER/NAME/FOLDER`, each fetched when it is read."""
 
     def __init__(self, spec: DataSpec, modality: str) -> None:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         folder = str(spec.folder)
         _check_folder_options(spec, modality, folder)
-        address = _pinned_address(folder)
+        address = pinned_address(folder)
         try:
             self._files, base = fsspec.url_to_fs(address)
             found = self._files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
@@ -98,19 +139,17 @@ class _RemoteFolder:
             if entry["type"] != "file" or not (spec.pattern or _is_usual(path, modality)):
                 continue
             label = {None: None, "parent": PurePosixPath(name).parent.name, "stem": path.stem}[spec.label]
-            self.items.append(Item(path.as_posix(), name, label))
+            file = RemoteFile(f"{folder}/{path.as_posix()}", partial(self._files.cat_file, name))
+            self.items.append(Item(path.as_posix(), file, label))
             sizes.append(entry["size"])
         self.items = self.items[: spec.limit]
         if not self.items:
             raise ValueError(f"There are no {modality} items in {folder}. Check the address and the pattern.")
-        self._folder = folder
         keys = [[item.key, item.label, size] for item, size in zip(self.items, sizes, strict=False)]
         self.fingerprint = hashlib.sha256(json.dumps([address, keys]).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Item]:
-        for item in self.items:
-            cell = {"path": f"{self._folder}/{item.key}", "bytes": self._files.cat_file(item.value)}
-            yield Item(item.key, cell, item.label)
+        return iter(self.items)
 
 
 class _Stream:
@@ -147,6 +186,8 @@ class _Stream:
             if isinstance(features.get(column), (datasets.Image, datasets.Audio)):
                 rows = rows.cast_column(column, type(features[column])(decode=False))
         self._rows = rows
+        # A limit counts through all of them.
+        self.files = 1 if spec.limit else max(rows.num_shards, 1)
         # Two data sets number their classes differently; names can be compared.
         self._classes = {
             name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
@@ -165,36 +206,53 @@ class _Stream:
         return self._classes[column][value] if column in self._classes and value is not None else value
 
     def __iter__(self) -> Iterator[Item]:
+        empty = True
+        for file in range(self.files):
+            for item in self.read(file):
+                empty = False
+                yield item
+        if empty:
+            raise ValueError(
+                f"There are no {self._modality} items in the data set {self._spec.dataset!r}. Check column and where."
+            )
+
+    def read(self, file: int, start: int = 0) -> Iterator[Item]:
+        """Yield the items of one of its files, or of all where that is one, from a place on."""
         spec = self._spec
+        rows = self._rows if self.files == 1 else self._rows.shard(num_shards=self.files, index=file)
         count = 0
-        for index, row in enumerate(self._rows):
+        for index, row in enumerate(rows):
             self._check_columns(row)
             if spec.where and any(str(self._cell(row, column)) not in kept for column, kept in spec.where.items()):
                 continue
             label = _label(self._cell(row, spec.label)) if spec.label else None
             for column in self._columns:
-                key, value = f"{spec.dataset}/{spec.split}/{index}/{column}", self._cell(row, column)
+                value = self._cell(row, column)
                 if _is_empty(value):
                     continue
-                yield Item(key, _text(spec, value, key) if self._modality == "text" else _fetched(value), label)
                 count += 1
+                if count > start:
+                    place = index if self.files == 1 else f"{file}-{index}"
+                    key = f"{spec.dataset}/{spec.split}/{place}/{column}"
+                    yield Item(key, _text(spec, value, key) if self._modality == "text" else _located(value), label)
                 if count == spec.limit:
                     return
-        if not count:
-            raise ValueError(
-                f"There are no {self._modality} items in the data set {spec.dataset!r}. Check column and where."
-            )
 
 
-def _fetched(cell: Any) -> Any:
-    """Read a file that a data set only names, on the Hub or in an archive: its URL is of no use to the processor."""
+def _located(cell: Any) -> Any:
+    """Name the file that a data set only names, on the Hub or in an archive: its URL is of no use to the processor."""
     path = cell.get("path") if isinstance(cell, dict) else None
     if path is None or "://" not in path or cell.get("bytes") is not None:
         return cell
+    return RemoteFile(path, partial(_fetch, path))
+
+
+def _fetch(path: str) -> bytes:
     import fsspec
 
     with fsspec.open(path) as file:
-        return {**cell, "bytes": file.read()}
+        data: bytes = file.read()
+    return data
 
 
 def _pinned(spec: DataSpec, root: Path) -> tuple[str, str | None, str | None, str]:
@@ -204,30 +262,15 @@ def _pinned(spec: DataSpec, root: Path) -> tuple[str, str | None, str | None, st
     if folder.is_dir():
         return str(folder), None, files, _files_digest(folder)
     if files is None or "/" in name:
-        commit = _commit(name, spec.revision)
+        commit = hub_commit(name, spec.revision)
         return name, commit, files, str(commit)
     if not files.startswith(HUB_DATASETS):
         raise ValueError(
             f"Expected data_files of {name!r} as hf://datasets/OWNER/NAME/GLOB, got {files!r}. Name a folder of your "
             "own as dataset: FOLDER."
         )
-    files = _pinned_address(files)
+    files = pinned_address(files)
     return name, None, files, files
-
-
-def _pinned_address(address: str) -> str:
-    """Name the commit in an address of a Hub data set's files; return any other address as it is."""
-    found = re.fullmatch(rf"{HUB_DATASETS}([^/@]+/[^/@]+)(?:@([^/]+))?(/.+)", address)
-    commit = _commit(found[1], found[2]) if found else None
-    return f"{HUB_DATASETS}{found[1]}@{commit}{found[3]}" if found and commit else address
-
-
-def _commit(name: str, revision: str | None) -> str | None:
-    # Not with the module: the import of transformers takes seconds, which a folder's listing can do without.
-    from transformers.utils.hub import resolve_revision
-
-    resolved = resolve_revision(name, revision, repo_type="dataset")
-    return getattr(resolved, "resolved", resolved)
 
 
 def _files_digest(folder: Path) -> str:

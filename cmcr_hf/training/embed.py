@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,41 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
-from ..durable import sha256, write_durably
+from ..durable import sha256
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.sources_cmcr import normalize, source_features
 from ..modeling.towers_cmcr import split_source
-from .data import Item, Items
+from .data import Item, Items, Part, RemoteFile
+from .manifest import Number, Receipt
 from .store import EmbeddingStore
 
 # What an interruption may lose at most, in rows. The same for every batch size, so that a run may go on with another.
 SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024, "point_cloud": 128}
-REJECTS = "rejects.jsonl"
 MAX_WORKERS = 16
 # Weights of one file, of shards or of an older format; configurations, tokenizers and their vocabularies.
 SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt")
 
 
 @dataclass
-class _Batch:
-    """Items that follow each other, as the source takes them, and those of them that are unreadable."""
+class _Group:
+    """Items that follow each other in one shard, and whether that and its part of the data end with them."""
 
+    number: Number
+    items: list[Item]
+    is_end: bool
+    is_last: bool = True
+
+
+@dataclass
+class _Batch:
+    """What became of a group: its readable items, as the source takes them or embedded, and the others."""
+
+    group: _Group
     kept: list[Item]
     features: BatchFeature | None  # Row by row those of `kept`, None where that is empty.
-    refused: list[dict[str, Any]]  # Position among all items, key and reason of each.
+    rejects: list[dict[str, str]]  # Key and reason of each.
+    embeds: torch.Tensor | None = None
 
 
 def embed(
@@ -56,20 +68,31 @@ def embed(
     workers: int | None = None,
     strict: bool = True,
     progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> EmbeddingStore:
-    """Embed items into the store at `folder` and return it complete; one that is complete is returned as it is.
+    """Embed items into the store at `folder` and return it; one that is complete is returned as it is.
 
-    An interrupted run goes on behind its last shard. Batches are cut by the position of an item and end with their
-    shard, so a resumed run computes what an uninterrupted one does. Files are read and prepared ahead of the model.
-    Of the texts of a shard, those of similar length are embedded together.
+    Batches are cut by the position of an item and end with their shard, so a run that was interrupted goes on behind
+    the shards that are there, and computes what an uninterrupted one does. Files are read and prepared ahead of the
+    model. Of the texts of a shard, those of similar length are embedded together.
+
+    Any number of processes may embed into one folder, on any machines that see it, each with a `share` of its own: it
+    embeds the shards of its share, then those that the others have not come to, and the one that finds all shards
+    there completes the store. They need not know of each other, and may be stopped and joined by others at any time.
+    The bytes are those of a single process.
 
     Args:
+        folder: path, or an address of fsspec such as `s3://BUCKET/FOLDER`.
         record: `id`, `revision` and `config_hash` of the source, from [`source_record`].
         dim: width of the source's embeddings.
         batch_size: items at once; of texts, as many as have no more tokens together than so many of the longest.
         workers: threads that read and prepare; by default one for each processor but one, 16 at most.
         strict: stop at an item that is unreadable. Otherwise it is left out, and listed in the folder's
-            `rejects.jsonl` with its position among the items, its key and the reason.
+            `rejects.jsonl` with its key and the reason.
+        share: of this process, from 0, and their number.
+
+    Returns:
+        The store, which is complete unless another process has not embedded its share yet.
 
     Raises:
         ValueError: the folder holds a store of other items or another source, an item is unreadable and `strict`, or
@@ -83,109 +106,179 @@ def embed(
         dim=dim,
         data_fingerprint=items.fingerprint,
         shard_rows=SHARD_ROWS[items.modality],
+        share=share,
     )
     if store.complete:
         return store
-    rejects = _read_rejects(store)
-    text = items.modality == "text"
-    groups = _groups(items, store.position, store.shard_rows if text else batch_size, store.shard_rows)
-    # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
-    threads = 1 if text else workers or min(max((os.cpu_count() or 1) - 1, 1), MAX_WORKERS)
+    modality, parts = items.modality, items.parts(store.shard_rows)
+    is_text, on_cpu = modality == "text", source.device.type == "cpu"
 
-    def prepared(group: tuple[int, list[Item]]) -> _Batch:
-        return _prepare_batch(processor, items.modality, space, *group, strict=strict)
+    def prepared(group: _Group) -> _Batch:
+        batch = _prepare_batch(processor, modality, space, group, strict=strict)
+        if batch.features is not None and not is_text:
+            if on_cpu:
+                batch.embeds = encode_features(source, modality, batch.features)
+            elif torch.cuda.is_available():
+                batch.features = BatchFeature({name: part.pin_memory() for name, part in batch.features.items()})
+        return batch
 
+    groups = _groups(store, parts, store.shard_rows if is_text else batch_size, share)
     was_training = source.training
     source.eval()
+    rows: list[torch.Tensor] = []
+    keys: list[str] = []
+    rejects: list[dict[str, str]] = []
     with (
         tqdm(
             total=len(items) or None,
-            initial=store.position,
-            desc=f"{space} {items.modality}",
+            initial=store.rows + store.skipped,
+            desc=f"{space} {modality}",
             unit="item",
             disable=not progress,
         ) as bar,
-        closing(_ahead(prepared, groups, threads)) as batches,
+        # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
+        _pool(1 if is_text else workers, share_products=on_cpu and not is_text) as (pool, threads),
+        closing(_ahead(prepared, groups, pool, 2 * threads)) as batches,
     ):
         for batch in batches:
-            if batch.features is not None:
-                rows = _encode_batch(source, items.modality, batch.features, len(batch.kept), batch_size, bar.update)
-                store.append(rows, [item.key for item in batch.kept])
-            if batch.refused:
-                rejects += batch.refused
-                # Durable before the shard that lacks them.
-                lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
-                write_durably(store.folder / REJECTS, lines.encode())
-            for _ in batch.refused:
-                store.skip()
-                bar.update()
-    store.finish()
+            if batch.embeds is not None:
+                rows.append(batch.embeds)
+                bar.update(len(batch.kept))
+            elif batch.features is not None:
+                rows.append(_encode_batch(source, modality, batch.features, len(batch.kept), batch_size, bar.update))
+            keys += [item.key for item in batch.kept]
+            rejects += batch.rejects
+            bar.update(len(batch.rejects))
+            if batch.group.is_end:
+                # Only here does a GPU's work have to be awaited.
+                embeds = torch.cat(rows).cpu() if rows else torch.empty(0, dim)
+                # Another kind of machine may have been quicker, and may round otherwise.
+                if share[1] == 1 or store.written(batch.group.number) is None:
+                    store.write(batch.group.number, embeds, keys, rejects=rejects, last=batch.group.is_last)
+                rows, keys, rejects = [], [], []
+                if progress and share[1] > 1:
+                    there = sum(parts[number[0]].size or 0 for number in store.numbers())
+                    bar.update(max(there - bar.n, 0))
     source.train(was_training)
+    store.complete_if_whole(len(parts))
     return store
 
 
-def _read_rejects(store: EmbeddingStore) -> list[dict[str, Any]]:
-    """Return the rejects of the written shards; later ones will be met again."""
-    path = store.folder / REJECTS
-    if not path.exists():
-        return []
+@contextmanager
+def _pool(workers: int | None, *, share_products: bool) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Give a pool of threads and their number: by default one a processor, but one that is left to the model.
+
+    Args:
+        share_products: the model runs in these threads, with an equal part of torch's threads for each. On a CPU that
+            is faster than one batch at a time with all threads, which wait for each other at every layer and for the
+            threads that read; and the number of processors has no effect on how a product is rounded.
+    """
+    cores, before = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        torch.get_num_threads(),
+    )
+    if not share_products:
+        threads = workers or min(max(cores - 1, 1), MAX_WORKERS)
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool, threads
+        return
+    threads = workers or min(before, MAX_WORKERS)
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [reject for reject in found if reject["position"] < store.position]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {store.folder} and run embed again.") from error
+        with ThreadPoolExecutor(
+            threads, initializer=torch.set_num_threads, initargs=(max(before // threads, 1),)
+        ) as pool:
+            yield pool, threads
+    finally:
+        # It is the default of new threads too.
+        torch.set_num_threads(before)
 
 
-def _groups(items: Iterable[Item], position: int, size: int, shard_items: int) -> Iterator[tuple[int, list[Item]]]:
-    """Yield the items from `position` on with their positions, in groups of `size` that end with their shard."""
-    rest = itertools.islice(items, position, None)
-    while group := list(itertools.islice(rest, min(size, shard_items - position % shard_items))):
-        yield position, group
-        position += len(group)
+def _groups(store: EmbeddingStore, parts: Sequence[Part], size: int, share: tuple[int, int]) -> Iterator[_Group]:
+    """Yield what is not embedded yet, in groups of `size`: the parts of a share, then those of the others."""
+    rank, ranks = share
+    found = {receipt.number: receipt for receipt in store.receipts()}
+
+    def written(number: Number) -> Receipt | None:
+        return found.get(number) or (store.written(number) if ranks > 1 else None)
+
+    # From the end, which the others reach last.
+    others = [part for part in reversed(parts) if part.number % ranks != rank]
+    for part in [*parts[rank::ranks], *others]:
+        if ranks > 1 and store.is_complete_by_now():
+            return
+        if part.size is None:
+            yield from _groups_of_file(part, written, size, store.shard_rows)
+        elif written((part.number,)) is None:
+            rest = part.read(0)
+            for start in range(0, part.size, size):
+                group = list(itertools.islice(rest, size))
+                yield _Group((part.number,), group, start + size >= part.size)
+
+
+def _groups_of_file(
+    part: Part, written: Callable[[Number], Receipt | None], size: int, shard_rows: int
+) -> Iterator[_Group]:
+    """Yield the groups of a part whose end only its last item tells, behind its shards that are written."""
+    start = shard = 0
+    while (receipt := written((part.number, shard))) is not None:
+        if receipt.last:
+            return
+        start += receipt.rows + len(receipt.rejects)
+        shard += 1
+    rest = part.read(start)
+    ahead = list(itertools.islice(rest, 1))
+    left, is_last = shard_rows, False
+    while not is_last:
+        group = ahead + list(itertools.islice(rest, min(size, left) - len(ahead)))
+        ahead = list(itertools.islice(rest, 1))
+        left, is_last = left - len(group), not ahead
+        yield _Group((part.number, shard), group, is_last or not left, is_last)
+        if not left:
+            left, shard = shard_rows, shard + 1
 
 
 def _ahead(
-    call: Callable[[tuple[int, list[Item]]], _Batch], groups: Iterable[tuple[int, list[Item]]], threads: int
+    call: Callable[[_Group], _Batch], groups: Iterable[_Group], pool: ThreadPoolExecutor, most: int
 ) -> Generator[_Batch, None, None]:
-    """Yield `call` of every group, in their order, computed by threads a few groups ahead."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[_Batch]] = deque()
-        try:
-            for group in groups:
-                waiting.append(pool.submit(call, group))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _prepare_batch(
-    processor: CMCRProcessor, modality: str, space: str, position: int, items: list[Item], *, strict: bool
-) -> _Batch:
-    """Read and prepare items; where one of them is unreadable, raise its error, or go on without it."""
+    """Yield `call` of every group, in their order, computed by a pool at most so many groups ahead."""
+    waiting: deque[Future[_Batch]] = deque()
     try:
-        return _Batch(items, prepare(processor, modality, [item.value for item in items], space), [])
+        for group in groups:
+            waiting.append(pool.submit(call, group))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _prepare_batch(processor: CMCRProcessor, modality: str, space: str, group: _Group, *, strict: bool) -> _Batch:
+    """Read and prepare items; where one of them is unreadable, raise its error, or go on without it."""
+    items = group.items
+    if not items:
+        return _Batch(group, [], None, [])
+    try:
+        return _Batch(group, items, prepare(processor, modality, [item.value for item in items], space), [])
     except ValueError as cause:
         kept: list[Item] = []
-        refused: list[dict[str, Any]] = []
-        for number, item in enumerate(items, start=position):
+        rejects: list[dict[str, str]] = []
+        for item in items:
             try:
                 prepare(processor, modality, [item.value], space)
             except ValueError as error:
                 if strict:
                     raise ValueError(f"{error} (item {item.key!r})") from error
-                refused.append({"position": number, "key": item.key, "reason": str(error)})
+                rejects.append({"key": item.key, "reason": str(error)})
             else:
                 kept.append(item)
-        if not refused:
+        if not rejects:
             raise
         if not kept:
-            return _Batch([], None, refused)
+            return _Batch(group, [], None, rejects)
         try:
-            return _Batch(kept, prepare(processor, modality, [item.value for item in kept], space), refused)
+            return _Batch(group, kept, prepare(processor, modality, [item.value for item in kept], space), rejects)
         except ValueError:
             raise cause from None
 
@@ -198,7 +291,7 @@ def _encode_batch(
     batch_size: int,
     update: Callable[[int], object],
 ) -> torch.Tensor:
-    """Embed prepared items, texts in parts of similar length: `(rows, dim)` float32 unit rows, on the CPU."""
+    """Embed prepared items, texts in parts of similar length: `(rows, dim)` float32 unit rows."""
     mask = features.get("attention_mask") if modality == "text" else None
     # Padded at the end, as far as the longest text needs.
     lengths = mask.sum(dim=1) if mask is not None and bool(mask[:, 0].all()) else None
@@ -211,11 +304,9 @@ def _encode_batch(
         inputs = {name: value[part] for name, value in features.items()}
         if lengths is not None:
             inputs = {name: value[:, : lengths[part].max()] for name, value in inputs.items()}
-        embeds.append(encode_features(source, modality, inputs).cpu())
+        embeds.append(encode_features(source, modality, inputs))
         update(len(part))
-    encoded = torch.empty(rows, embeds[0].shape[1])
-    encoded[torch.cat(list(parts))] = torch.cat(embeds)
-    return encoded
+    return torch.cat(embeds)[torch.cat(list(parts)).argsort()]
 
 
 def _parts_by_length(lengths: torch.Tensor, budget: int) -> list[torch.Tensor]:
@@ -233,7 +324,7 @@ def _parts_by_length(lengths: torch.Tensor, budget: int) -> list[torch.Tensor]:
 @torch.inference_mode()
 def encode_features(source: PreTrainedModel, modality: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Embed prepared inputs with a source model: `(rows, dim)` float32 unit rows of the source's own space."""
-    moved = {name: value.to(source.device) for name, value in inputs.items()}
+    moved = {name: value.to(source.device, non_blocking=True) for name, value in inputs.items()}
     return normalize(source_features(source, modality, moved).pooler_output.float())
 
 
@@ -259,7 +350,9 @@ def encode_items(
 
 def prepare(processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None) -> BatchFeature:
     """Return the inputs of a model for texts, images, audio or point clouds."""
-    items = list(values)
+    items: list[Any] = [
+        {"path": value.path, "bytes": value.fetch()} if isinstance(value, RemoteFile) else value for value in values
+    ]
     if modality == "text":
         return processor(text=items, space=space)
     if modality == "image":

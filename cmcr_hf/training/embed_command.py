@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from ..modeling.configuration_cmcr import source_embedding_dim
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.towers_cmcr import load_source
 from .data import Items
-from .embed import REJECTS, embed, encode_features, prepare, source_record
+from .embed import embed, encode_features, prepare, source_record
 from .recipe import DataSpec
-from .store import EmbeddingStore
+from .store import REJECTS, EmbeddingStore
 
 # Items that are embedded a second time, in float32, to tell what another precision costs.
 COMPARED = 32
@@ -44,7 +45,7 @@ def embed_data(
     space: str,
     modality: str,
     data: DataSpec,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     root: Path = Path(),
     revision: str | None = None,
@@ -53,6 +54,7 @@ def embed_data(
     batch_size: int = 32,
     workers: int | None = None,
     strict: bool = False,
+    share: tuple[int, int] = (0, 1),
     report: Callable[[str], None] = print,
 ) -> EmbeddingStore:
     """Embed the items of a data entry with a source into a store, and say what came of it (see [`embed`]).
@@ -92,9 +94,14 @@ def embed_data(
         batch_size=batch_size,
         workers=workers,
         strict=strict,
+        # The bar of the first share counts what the others have done too.
+        progress=share[0] == 0,
+        share=share,
     )
-    skipped = store.position - store.rows
-    listed = f", {skipped} unreadable, listed in {folder / REJECTS}" if skipped else ""
+    if not store.complete:
+        report(f"share {share[0]} of {share[1]} is embedded, others are still at theirs")
+        return store
+    listed = f", {store.skipped} unreadable, listed in {folder}/{REJECTS}" if store.skipped else ""
     report(f"{store.rows} rows of {store.dim} in {folder}{listed}")
     if dtype != torch.float32:
         cosine = _least_cosine(store, source, space, revision, items, processor, device)
@@ -114,8 +121,8 @@ def _least_cosine(
 ) -> float:
     model, _ = load_source(source, revision, [store.modality], {"dtype": torch.float32})
     model.to(device).eval()  # type: ignore[arg-type]
-    rows = next(store.shards())[:COMPARED]
-    wanted = set(store.keys()[: len(rows)])
+    rows, keys = next(zip(store.shards(), store.shard_keys(), strict=True))
+    rows, wanted = rows[:COMPARED], set(keys[:COMPARED])
     kept = list(itertools.islice((item.value for item in items if item.key in wanted), len(rows)))
     exact = encode_features(model, store.modality, prepare(processor, store.modality, kept, space)).cpu()
     return F.cosine_similarity(rows, exact, dim=1).min().item()

@@ -357,8 +357,24 @@ def stream(root, modality, **spec):
 def test_a_data_set_streams_its_texts_and_passes_over_empty_cells(shards):
     items = stream(shards, "text", column="caption", template="hear {}")
     assert values(items) == [f"hear the dog {row}" for row in (0, 2, 3, 4, 5)]
-    assert next(iter(items)).key == "stand-in/train/0/caption"
+    assert [item.key for item in items][1:3] == ["stand-in/train/0-2/caption", "stand-in/train/1-0/caption"]
     assert len(items) == 0  # It does not tell before its end.
+
+
+def test_lists_fall_into_stretches_and_data_sets_into_their_files(shards, tmp_path):
+    (tmp_path / "texts.txt").write_text("a\nb\nc")
+    specs = [DataSpec(table=str(tmp_path / "texts.txt")), DataSpec(dataset="stand-in", column="caption")]
+    items = Items([*specs, DataSpec(dataset="stand-in", column="caption", limit=4)], "text", shards)
+    parts = items.parts(2)
+    assert [(part.number, part.size) for part in parts] == [(0, 2), (1, 1), (2, None), (3, None), (4, None)]
+    assert [item for part in parts for item in part.read(0)] == list(items)
+    assert [[item.value for item in part.read(1)] for part in parts] == [
+        ["b"],
+        [],
+        ["the dog 2"],
+        ["the dog 4", "the dog 5"],
+        ["the dog 2", "the dog 3", "the dog 4"],
+    ]
 
 
 def test_pictures_of_a_data_set_reach_the_processor_as_encoded(shards, tiny_clip, tiny_clap):
@@ -380,7 +396,7 @@ def test_sounds_of_a_data_set_reach_the_processor_without_torchcodec(shards, tin
 def test_class_numbers_of_a_data_set_become_names(shards):
     items = stream(shards, "image", column="picture", label="kind", where={"kind": ["dog"]})
     assert [(item.key, item.label) for item in items] == [
-        (f"stand-in/train/{row}/picture", "dog") for row in (1, 3, 5)
+        (f"stand-in/train/{place}/picture", "dog") for place in ("0-1", "1-0", "1-2")
     ]
 
 
@@ -430,7 +446,7 @@ def test_a_data_set_whose_where_keeps_nothing_is_refused_at_its_end(shards):
 
 
 def test_a_column_of_lists_is_no_column_of_texts(shards):
-    with pytest.raises(ValueError, match=r"Expected a text in stand-in/train/0/captions, got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"Expected a text in stand-in/train/0-0/captions, got \['a', 'b'\]"):
         list(stream(shards, "text", column="captions"))
 
 
@@ -446,7 +462,7 @@ def test_files_inside_an_archive_of_a_data_set_are_read(tmp_path):
     (tmp_path / "stand-in").mkdir()
     with zipfile.ZipFile(tmp_path / "stand-in" / "train.zip", "w") as archive:
         archive.writestr("0.png", png(5))
-    assert [value["bytes"] for value in values(stream(tmp_path, "image", column="image"))] == [png(5)]
+    assert [value.fetch() for value in values(stream(tmp_path, "image", column="image"))] == [png(5)]
 
 
 def test_the_fingerprint_of_a_data_set_follows_its_entry_and_its_files(tmp_path):
@@ -524,7 +540,8 @@ def test_a_folder_behind_an_address_is_read_like_one_at_hand(tmp_path):
     remote = Items([DataSpec(folder=f"file://{tmp_path / 'remote'}", label="parent")], "audio", tmp_path)
     local = Items([DataSpec(folder="remote", label="parent")], "audio", tmp_path)
     assert [(item.key, item.label) for item in remote] == [(item.key, item.label) for item in local]
-    assert [item.value["bytes"] for item in remote] == [b"cat/a.wav", b"dog/b.wav"]
+    assert [item.value.fetch() for item in remote] == [b"cat/a.wav", b"dog/b.wav"]
+    assert [item.value.path for item in remote] == [f"file://{item.value}" for item in local]
     assert len(remote) == 2
     (tmp_path / "remote" / "cat" / "a.wav").write_bytes(b"longer than before")
     again = Items([DataSpec(folder=f"file://{tmp_path / 'remote'}", label="parent")], "audio", tmp_path)

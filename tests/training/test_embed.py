@@ -1,11 +1,16 @@
+import itertools
 import json
+import os
 import shutil
+import signal
 import time
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pyarrow import parquet
 from transformers import CLIPModel
 
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
@@ -208,9 +213,9 @@ def test_unreadable_items_are_left_out_and_listed(clip, processor, tmp_path, sma
     items = damaged(tmp_path / "images", 10, bad)
     store = run(clip, processor, items, tmp_path / "store", batch_size=batch_size, strict=False)
     good = [f"{row}.png" for row in range(10) if row not in bad]
-    assert (store.keys(), store.rows, store.position) == (good, len(good), 10)
+    assert (store.keys(), store.rows, store.skipped) == (good, len(good), len(bad))
     rejects = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["position"], reject["key"]) for reject in rejects] == [(row, f"{row}.png") for row in bad]
+    assert [reject["key"] for reject in rejects] == [f"{row}.png" for row in bad]
     assert all("Cannot read image" in reject["reason"] for reject in rejects)
     # The rest is what it is without the bad ones.
     for row in bad:
@@ -231,6 +236,106 @@ def test_a_run_that_leaves_items_out_goes_on_to_the_same_bytes(
             run(clip, processor, items, tmp_path / "stopped", strict=False)
     run(clip, processor, items, tmp_path / "stopped", strict=False)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_one_of_several_shares_embeds_what_the_others_do_not_come_to(
+    clip, processor, tmp_path, small_shards, monkeypatch, rank
+):
+    items = damaged(tmp_path / "images", 18, [1, 2, 6])
+    run(clip, processor, items, tmp_path / "whole", strict=False)
+    orders = []
+    original = embedding._prepare_batch
+
+    def noted(processor, modality, space, group, *, strict):
+        orders.append(group.number[0])
+        return original(processor, modality, space, group, strict=strict)
+
+    monkeypatch.setattr(embedding, "_prepare_batch", noted)
+    options = {"strict": False, "batch_size": 4, "workers": 1}
+    store = run(clip, processor, items, tmp_path / "shared", share=(rank, 3), **options)
+    assert store.complete
+    # Its own, of five shards, and those of the others from the end.
+    assert orders == {0: [0, 3, 4, 2, 1], 1: [1, 4, 3, 2, 0], 2: [2, 4, 3, 1, 0]}[rank]
+    assert content(tmp_path / "shared").keys() == content(tmp_path / "whole").keys()
+    torch.testing.assert_close(store.tensor(), EmbeddingStore.open(tmp_path / "whole").tensor(), atol=1e-6, rtol=0)
+    assert store.keys() == EmbeddingStore.open(tmp_path / "whole").keys()
+
+
+def test_shares_that_others_have_embedded_are_not_embedded_again(clip, processor, tmp_path, small_shards, monkeypatch):
+    items = damaged(tmp_path / "images", 18, [])
+    run(clip, processor, items, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run(clip, processor, items, tmp_path / "shared", share=(1, 2), workers=1)
+    there = [path.name for path in sorted((tmp_path / "shared").glob("shard-*.json"))]
+    assert there == ["shard-00001.json", "shard-00003.json"]
+    calls = fail_at(monkeypatch, -2)
+    # Another number of shares, one of which finds all of it.
+    assert run(clip, processor, items, tmp_path / "shared", share=(2, 4)).complete
+    assert len(calls) == 9 - 4
+    assert content(tmp_path / "shared") == content(tmp_path / "whole")
+    assert run(clip, processor, items, tmp_path / "shared", share=(0, 4)).complete
+    assert len(calls) == 9 - 4
+
+
+def test_a_data_set_of_several_files_is_shared_and_goes_on_within_a_file(
+    clip, processor, tmp_path, small_shards, monkeypatch
+):
+    texts = pa.array([f"the dog {row}" for row in range(25)])
+    (tmp_path / "set").mkdir()
+    for file, (start, stop) in enumerate([(0, 10), (10, 11), (11, 19), (19, 25)]):
+        parquet.write_table(pa.table({"text": texts[start:stop]}), tmp_path / "set" / f"train-{file}.parquet")
+    items = Items([DataSpec(dataset="set", column="text")], "text", tmp_path)
+    whole = run(clip, processor, items, tmp_path / "whole", progress=True)
+    # Of a full file, its last shard is the last.
+    assert [len(shard) for shard in whole.shards()] == [4, 4, 2, 1, 4, 4, 4, 2]
+    assert whole.keys()[10:12] == ["set/train/1-0/text", "set/train/2-0/text"]
+    for kill in range(12):
+        folder = tmp_path / str(kill)
+        with monkeypatch.context() as patch:
+            fail_at(patch, kill)
+            with pytest.raises(KeyboardInterrupt):
+                run(clip, processor, items, folder, share=(1, 2))
+        assert run(clip, processor, items, folder, share=(0, 2)).complete
+        assert content(folder) == content(tmp_path / "whole")
+
+
+def test_processes_that_share_a_folder_and_are_killed_end_with_the_bytes_of_one(
+    clip, processor, tmp_path, small_shards
+):
+    items = damaged(tmp_path / "images", 41, [3, 17])
+    torch.set_num_threads(1)
+    run(clip, processor, items, tmp_path / "whole", strict=False, workers=1)
+
+    def start(rank, ranks, killed_at=None):
+        child = os.fork()
+        if child:
+            return child
+        status = 1
+        try:
+            if killed_at is not None:
+                original, calls = embedding.encode_features, itertools.count()
+
+                def killing(source, modality, inputs):
+                    if next(calls) == killed_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(source, modality, inputs)
+
+                embedding.encode_features = killing
+            run(clip, processor, items, tmp_path / "shared", strict=False, workers=1, share=(rank, ranks))
+            status = 0
+        finally:
+            os._exit(status)
+
+    def end(children):
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    assert end([start(0, 2, killed_at=7), start(1, 2, killed_at=4)]) == [-signal.SIGKILL] * 2
+    assert not (tmp_path / "shared" / "rejects.jsonl").exists()
+    assert end([start(rank, 3) for rank in range(3)]) == [0] * 3
+    assert content(tmp_path / "shared") == content(tmp_path / "whole")
 
 
 def test_items_that_are_all_unreadable_are_an_error(clip, processor, tmp_path, small_shards):

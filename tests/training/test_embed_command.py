@@ -38,7 +38,7 @@ def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, 
     assert torch.get_float32_matmul_precision() == "highest"
     assert EmbeddingStore.open(tmp_path / "store").keys() == ["0.png", "1.png", "3.png", "4.png"]
     (reject,) = map(json.loads, (tmp_path / "store" / "rejects.jsonl").read_text().splitlines())
-    assert (reject["key"], reject["position"]) == ("2.png", 2)
+    assert reject["key"] == "2.png"
 
 
 def test_strict_stops_at_a_bad_file(pictures, tiny_clip, tmp_path, capsys):

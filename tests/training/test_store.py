@@ -83,7 +83,7 @@ def test_files_are_readable_without_this_class(folder: Path) -> None:
     assert torch.equal(load_file(folder / "shard-00001.safetensors")["embeds"], EMBEDS[3:6])
     assert pq.read_table(folder / "shard-00001.keys.parquet").to_pydict() == {"key": KEYS[3:6]}
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["format_version"], manifest["complete"], manifest["rows"]) == (1, True, 7)
+    assert (manifest["format_version"], manifest["complete"], manifest["rows"]) == (2, True, 7)
     assert [shard["rows"] for shard in manifest["shards"]] == [3, 3, 1]
 
 
@@ -164,7 +164,7 @@ class WriteSteps:
         self.step("rename", lambda: self.replace(source, target))
 
 
-STEPS = 30  # three for each of one first manifest, three shards, three files of keys and three more manifests
+STEPS = 33  # three for each of two manifests and, of three shards each, embeddings, keys and receipts
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -203,7 +203,7 @@ def test_every_file_is_synced_before_and_its_folder_after_the_rename(
 ) -> None:
     steps = WriteSteps(monkeypatch, kill_at=-1, before=False)
     write_store(tmp_path)
-    assert steps.names == ["sync file", "rename", "sync folder"] * 10
+    assert steps.names == ["sync file", "rename", "sync folder"] * 11
     assert len(steps.names) == STEPS
 
 
@@ -473,8 +473,8 @@ def test_contradictory_manifest_is_an_error(folder: Path, edit: Callable[[dict[s
 
 
 def test_manifest_of_another_format_version_is_an_error(folder: Path) -> None:
-    edit_manifest(folder, lambda manifest: manifest.update(format_version=2))
-    with pytest.raises(ValueError, match="format_version 2, expected 1"):
+    edit_manifest(folder, lambda manifest: manifest.update(format_version=1))
+    with pytest.raises(ValueError, match="format_version 1, expected 2"):
         EmbeddingStore.open(folder)
 
 
@@ -566,7 +566,7 @@ def test_a_run_does_not_go_on_from_a_damaged_shard(tmp_path: Path) -> None:
 def test_what_is_read_again_is_not_hashed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = EmbeddingStore.open(folder)
     first = store.tensor()
-    monkeypatch.setattr("cmcr_hf.training.store.sha256", lambda path: pytest.fail(f"{path} is hashed again"))
+    monkeypatch.setattr("cmcr_hf.training.places.sha256", lambda path: pytest.fail(f"{path} is hashed again"))
     assert torch.equal(store.tensor(), first)
 
 
@@ -582,11 +582,8 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(folder: Path, tmp_path
 
 def test_a_writer_is_refused_while_another_process_writes(tmp_path: Path) -> None:
     store = EmbeddingStore.create(tmp_path, **DESCRIPTION)
-    with locked(tmp_path):
-        with pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
-            store.append(EMBEDS[:4], KEYS[:4])
-        with pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
-            EmbeddingStore.create(tmp_path, **DESCRIPTION)
+    with locked(tmp_path), pytest.raises(ValueError, match=f"another run is using {tmp_path}"):
+        store.append(EMBEDS[:4], KEYS[:4])
     store.append(EMBEDS[4:], KEYS[4:])
     store.finish()
     assert torch.equal(EmbeddingStore.open(tmp_path).tensor(), EMBEDS)
@@ -600,7 +597,7 @@ def test_a_store_that_was_deleted_under_its_writer_is_named(tmp_path: Path) -> N
 
 
 def test_a_complete_store_is_read_where_nothing_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmcr_hf.training.store.locked", lambda folder: pytest.fail("A reader takes no lock."))
+    monkeypatch.setattr("cmcr_hf.training.places.locked", lambda folder: pytest.fail("A reader takes no lock."))
     assert torch.equal(write_store(folder).tensor(), EMBEDS)
 
 
