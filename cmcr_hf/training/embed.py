@@ -140,15 +140,20 @@ def embed(
         _pool(1 if is_text else workers, share_products=on_cpu and not is_text) as (pool, threads),
         closing(_ahead(prepared, groups, pool, 2 * threads)) as batches,
     ):
+
+        def advance(count: int) -> None:
+            # What another process was at too is not counted twice.
+            bar.update(count if bar.total is None else min(count, bar.total - bar.n))
+
         for batch in batches:
             if batch.embeds is not None:
                 rows.append(batch.embeds)
-                bar.update(len(batch.kept))
+                advance(len(batch.kept))
             elif batch.features is not None:
-                rows.append(_encode_batch(source, modality, batch.features, len(batch.kept), batch_size, bar.update))
+                rows.append(_encode_batch(source, modality, batch.features, len(batch.kept), batch_size, advance))
             keys += [item.key for item in batch.kept]
             rejects += batch.rejects
-            bar.update(len(batch.rejects))
+            advance(len(batch.rejects))
             if batch.group.is_end:
                 # Only here does a GPU's work have to be awaited.
                 embeds = torch.cat(rows).cpu() if rows else torch.empty(0, dim)
@@ -158,7 +163,7 @@ def embed(
                 rows, keys, rejects = [], [], []
                 if progress and share[1] > 1:
                     there = sum(parts[number[0]].size or 0 for number in store.numbers())
-                    bar.update(max(there - bar.n, 0))
+                    advance(max(there - bar.n, 0))
     source.train(was_training)
     store.complete_if_whole(len(parts))
     return store

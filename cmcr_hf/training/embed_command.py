@@ -98,14 +98,15 @@ def embed_data(
         progress=share[0] == 0,
         share=share,
     )
+    own = f"share {share[0]} of {share[1]}: " if share[1] > 1 else ""
     if not store.complete:
-        report(f"share {share[0]} of {share[1]} is embedded, others are still at theirs")
+        report(f"{own}embedded; others are still at theirs")
         return store
     listed = f", {store.skipped} unreadable, listed in {folder}/{REJECTS}" if store.skipped else ""
-    report(f"{store.rows} rows of {store.dim} in {folder}{listed}")
+    report(f"{own}{store.rows} rows of {store.dim} in {folder}{listed}")
     if dtype != torch.float32:
         cosine = _least_cosine(store, source, space, revision, items, processor, device)
-        report(f"least cosine with float32, of the first {min(COMPARED, store.rows)} items: {cosine:.6f}")
+        report(f"{own}least cosine with float32, of the first {min(COMPARED, store.rows)} items: {cosine:.6f}")
     return store
 
 
