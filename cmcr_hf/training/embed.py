@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ class _Group:
 
 @dataclass
 class _Batch:
-    """What became of a group: its readable items, as the source takes them or embedded, and the others."""
+    """What became of a group: its readable items, as the source takes them and then embedded, and the others."""
 
     group: _Group
     kept: list[Item]
-    features: BatchFeature | None  # Row by row those of `kept`, None where that is empty.
+    features: BatchFeature | None  # Row by row those of `kept`, None where that is empty or embedded.
     rejects: list[dict[str, str]]  # Key and reason of each.
     embeds: torch.Tensor | None = None
 
@@ -110,63 +111,89 @@ def embed(
     )
     if store.complete:
         return store
-    modality, parts = items.modality, items.parts(store.shard_rows)
-    is_text, on_cpu = modality == "text", source.device.type == "cpu"
-
-    def prepared(group: _Group) -> _Batch:
-        batch = _prepare_batch(processor, modality, space, group, strict=strict)
-        if batch.features is not None and not is_text:
-            if on_cpu:
-                batch.embeds = encode_features(source, modality, batch.features)
-            elif torch.cuda.is_available():
-                batch.features = BatchFeature({name: part.pin_memory() for name, part in batch.features.items()})
-        return batch
-
-    groups = _groups(store, parts, store.shard_rows if is_text else batch_size, share)
-    was_training = source.training
-    source.eval()
-    rows: list[torch.Tensor] = []
-    keys: list[str] = []
-    rejects: list[dict[str, str]] = []
-    with (
-        tqdm(
-            total=len(items) or None,
-            initial=store.rows + store.skipped,
-            desc=f"{space} {modality}",
-            unit="item",
-            disable=not progress,
-        ) as bar,
-        # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
-        _pool(1 if is_text else workers, share_products=on_cpu and not is_text) as (pool, threads),
-        closing(_ahead(prepared, groups, pool, 2 * threads)) as batches,
-    ):
+    parts = items.parts(store.shard_rows)
+    groups = _groups(store, parts, store.shard_rows if items.modality == "text" else batch_size, share)
+    with tqdm(
+        total=len(items) or None,
+        initial=store.rows + store.skipped,
+        desc=f"{space} {items.modality}",
+        unit="item",
+        disable=not progress,
+    ) as bar:
 
         def advance(count: int) -> None:
             # What another process was at too is not counted twice.
             bar.update(count if bar.total is None else min(count, bar.total - bar.n))
 
-        for batch in batches:
-            if batch.embeds is not None:
-                rows.append(batch.embeds)
-                advance(len(batch.kept))
-            elif batch.features is not None:
-                rows.append(_encode_batch(source, modality, batch.features, len(batch.kept), batch_size, advance))
-            keys += [item.key for item in batch.kept]
-            rejects += batch.rejects
-            advance(len(batch.rejects))
-            if batch.group.is_end:
-                # Only here does a GPU's work have to be awaited.
-                embeds = torch.cat(rows).cpu() if rows else torch.empty(0, dim)
-                # Another kind of machine may have been quicker, and may round otherwise.
-                if share[1] == 1 or store.written(batch.group.number) is None:
-                    store.write(batch.group.number, embeds, keys, rejects=rejects, last=batch.group.is_last)
-                rows, keys, rejects = [], [], []
-                if progress and share[1] > 1:
-                    there = sum(parts[number[0]].size or 0 for number in store.numbers())
-                    advance(max(there - bar.n, 0))
-    source.train(was_training)
+        prepare_group = partial(_prepare_group, processor, items.modality, space, strict=strict)
+        shard: list[_Batch] = []
+        with closing(
+            _encode_groups(source, items.modality, groups, prepare_group, batch_size, workers, advance)
+        ) as batches:
+            for batch in batches:
+                shard.append(batch)
+                if batch.group.is_end:
+                    # Another kind of machine may have been quicker, and may round otherwise.
+                    if share[1] == 1 or store.written(batch.group.number) is None:
+                        _write_shard(store, shard)
+                    shard = []
+                    if progress and share[1] > 1:
+                        there = sum(parts[number[0]].size or 0 for number in store.numbers())
+                        advance(max(there - bar.n, 0))
     store.complete_if_whole(len(parts))
     return store
+
+
+def _write_shard(store: EmbeddingStore, batches: Sequence[_Batch]) -> None:
+    rows = [batch.embeds for batch in batches if batch.embeds is not None]
+    # Only here does a GPU's work have to be awaited.
+    embeds = torch.cat(rows).cpu() if rows else torch.empty(0, store.dim)
+    keys = [item.key for batch in batches for item in batch.kept]
+    rejects = [reject for batch in batches for reject in batch.rejects]
+    store.write(batches[-1].group.number, embeds, keys, rejects=rejects, last=batches[-1].group.is_last)
+
+
+def _encode_groups(
+    source: PreTrainedModel,
+    modality: str,
+    groups: Iterable[_Group],
+    prepare_group: Callable[[_Group], _Batch],
+    batch_size: int,
+    workers: int | None,
+    advance: Callable[[int], None],
+) -> Generator[_Batch, None, None]:
+    """Yield groups of items embedded, in their order, what comes next being read and prepared meanwhile."""
+    # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
+    is_text, device = modality == "text", source.device.type
+    in_threads = device == "cpu" and not is_text
+
+    def prepared(group: _Group) -> _Batch:
+        batch = prepare_group(group)
+        if batch.features is not None and in_threads:
+            batch.embeds, batch.features = encode_features(source, modality, batch.features), None
+        elif batch.features is not None and device == "cuda":
+            batch.features = BatchFeature({name: part.pin_memory() for name, part in batch.features.items()})
+        return batch
+
+    was_training = source.training
+    source.eval()
+    try:
+        with (
+            _pool(1 if is_text else workers, share_products=in_threads) as (pool, threads),
+            closing(_ahead(prepared, groups, pool, 2 * threads)) as batches,
+        ):
+            for batch in batches:
+                if batch.features is not None:
+                    batch.embeds = _encode_batch(
+                        source, modality, batch.features, len(batch.kept), batch_size, advance
+                    )
+                    batch.features = None
+                else:
+                    advance(len(batch.kept))
+                advance(len(batch.rejects))
+                yield batch
+    finally:
+        source.train(was_training)
 
 
 @contextmanager
@@ -259,7 +286,7 @@ def _ahead(
             future.cancel()
 
 
-def _prepare_batch(processor: CMCRProcessor, modality: str, space: str, group: _Group, *, strict: bool) -> _Batch:
+def _prepare_group(processor: CMCRProcessor, modality: str, space: str, group: _Group, *, strict: bool) -> _Batch:
     """Read and prepare items; where one of them is unreadable, raise its error, or go on without it."""
     items = group.items
     if not items:

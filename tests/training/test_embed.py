@@ -245,13 +245,13 @@ def test_one_of_several_shares_embeds_what_the_others_do_not_come_to(
     items = damaged(tmp_path / "images", 18, [1, 2, 6])
     run(clip, processor, items, tmp_path / "whole", strict=False)
     orders = []
-    original = embedding._prepare_batch
+    original = embedding._prepare_group
 
     def noted(processor, modality, space, group, *, strict):
         orders.append(group.number[0])
         return original(processor, modality, space, group, strict=strict)
 
-    monkeypatch.setattr(embedding, "_prepare_batch", noted)
+    monkeypatch.setattr(embedding, "_prepare_group", noted)
     options = {"strict": False, "batch_size": 4, "workers": 1}
     store = run(clip, processor, items, tmp_path / "shared", share=(rank, 3), **options)
     assert store.complete
