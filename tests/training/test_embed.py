@@ -3,7 +3,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -438,3 +441,41 @@ def test_another_precision_or_configuration_is_another_source(clip, tiny_clip):
     assert (single["id"], single["revision"]) == ("some/clip", "abc")
     half = source_record("some/clip", "abc", CLIPModel.from_pretrained(tiny_clip).to(torch.bfloat16))
     assert half["config_hash"] != single["config_hash"]
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from transformers import CLIPModel
+from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+from cmcr_hf.training import embed as embedding
+from cmcr_hf.training.data import Items
+from cmcr_hf.training.recipe import DataSpec
+
+source, pictures, store = sys.argv[1:]
+embedding.SHARD_ROWS = {"image": 64}
+model, processor = CLIPModel.from_pretrained(source), CMCRProcessor.from_sources_pretrained(source)
+items = Items([DataSpec(folder=pictures)], "image", Path())
+record = {"id": "tiny", "revision": "main", "config_hash": "0"}
+embedding.embed(model, processor, items, store, space="clip", record=record, dim=24, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_items(tiny_clip, tmp_path):
+    # 36 MB each, once decoded; three batches keep all threads busy.
+    Image.new("RGB", (4000, 3000), (80, 0, 0)).save(tmp_path / "0.jpg")
+    peaks = {}
+    for count in (96, 320):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for row in range(count):
+            os.link(tmp_path / "0.jpg", folder / f"{row:03d}.jpg")
+        command = [sys.executable, "-c", MEASURED, tiny_clip, folder, tmp_path / f"store-{count}"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(embedding.__file__).parents[2])}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout) / 1024
+    # MiB; all of the larger set would be 11 GB, and its features alone 1 GB at a source's usual size.
+    assert peaks[320] < peaks[96] + 100
+    assert peaks[320] < 1200
