@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_embed(commands)
+    _add_aggregate(commands)
     _add_connect(commands)
     _add_evaluate(commands)
     _add_search(commands)
@@ -211,6 +212,60 @@ def _embed(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
             strict=arguments.strict,
         )
+
+
+def _add_aggregate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "aggregate",
+        help="give every row of a store the softmax average of a memory: semantic consistency",
+        description="Write a store of pseudo embeddings: for each query, the average of the whole memory, exact, with "
+        "the weights softmax(cosine / temperature), normalised. A run that was stopped goes on. Under torchrun, ranks "
+        "share out the queries.",
+        epilog="Example: cmcr aggregate --queries stores/clip-text --memory stores/clip-image --output "
+        "pseudo/clip-image. Two processes: torchrun --nproc_per_node 2 -m cmcr_hf.cli aggregate ...",
+    )
+    for name, text in (
+        ("queries", "store of the overlap modality, such as texts"),
+        ("memory", "store of a leaf modality in the same space, such as images"),
+        ("values", "store of the items of the memory in another space, averaged in its place"),
+        ("output", "folder of the store that is written"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=name != "values", metavar="DIR", help=text)
+    parser.add_argument("--temperature", type=float, default=0.01, help="of the softmax (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products; bfloat16 is about twice as fast, at a cosine of .999 (default: %(default)s)",
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.set_defaults(run=_aggregate)
+
+
+def _aggregate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .output import check_writable
+    from .training.aggregate_stores import aggregate_stores, ranks_of_torchrun
+    from .training.store import EmbeddingStore
+
+    check_writable(arguments.output)
+    device = _device(arguments.device)
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    queries, memory = (EmbeddingStore.open(folder) for folder in (arguments.queries, arguments.memory))
+    with ranks_of_torchrun() as rank:
+        aggregate_stores(
+            queries,
+            memory,
+            arguments.output,
+            values=None if arguments.values is None else EmbeddingStore.open(arguments.values),
+            temperature=arguments.temperature,
+            dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+            device=device,
+        )
+        if rank == 0:
+            print(f"{queries.rows} rows over {memory.rows} in {arguments.output}")
 
 
 @contextmanager
