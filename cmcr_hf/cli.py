@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_embed(commands)
+    _add_aggregate(commands)
     _add_connect(commands)
     _add_evaluate(commands)
     _add_search(commands)
@@ -126,11 +127,52 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(arguments.output, arguments.world, seeds=arguments.seeds, derangements=arguments.derangements)
 
 
-def _add_embedding_options(parser: argparse.ArgumentParser) -> None:
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_positive, default=32, help="items embedded at once (default: %(default)s)"
     )
+
+
+def _add_embedding_options(parser: argparse.ArgumentParser) -> None:
+    _add_batch_size(parser)
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
+def _add_sharing_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help=f"{verb} the share I (from 0) of N processes (default: what torchrun or accelerate launch say, else 0/1)",
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    own, _, shares = text.partition("/")
+    if not (own.isdecimal() and shares.isdecimal() and int(own) < int(shares)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(own), int(shares)
+
+
+def _shared(arguments: argparse.Namespace) -> tuple[tuple[int, int], str]:
+    """Return the share and the device that are asked for, or that a launcher gives the process."""
+    import torch
+
+    share, device = arguments.share or (0, 1), arguments.device
+    if arguments.share is None and "RANK" in os.environ:
+        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return share, _device(device)
+
+
+def _check_output(output: str) -> None:
+    from .output import check_writable
+    from .training.places import is_address
+
+    if not is_address(output):
+        check_writable(Path(output))
 
 
 def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,34 +233,21 @@ of shares too.""",
         "--workers", type=_positive, help="threads that read and prepare (default: all processors but one, 16 at most)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first item that cannot be read")
-    parser.add_argument(
-        "--share",
-        type=_share,
-        metavar="I/N",
-        help="embed the share I (from 0) of N processes (default: what torchrun or accelerate launch say, else 0/1)",
-    )
-    _add_embedding_options(parser)
+    _add_batch_size(parser)
+    _add_sharing_options(parser, "embed")
     parser.set_defaults(run=_embed)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     import torch
 
-    from .output import check_writable
     from .training.embed_command import data_entry, embed_data
-    from .training.places import is_address
 
-    if not is_address(arguments.output):
-        check_writable(Path(arguments.output))
+    _check_output(arguments.output)
     names = ("column", "split", "config", "pattern", "files", "template", "limit")
     # The defaults of an entry are those of what it is made of: a folder has no split.
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) not in (None, "train")}
-    share, device = arguments.share or (0, 1), arguments.device
-    if arguments.share is None and "RANK" in os.environ:
-        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    device = _device(device)
+    share, device = _shared(arguments)
     with _tuned(device, quiet=share[0] > 0):
         embed_data(
             arguments.source,
@@ -236,11 +265,58 @@ def _embed(arguments: argparse.Namespace) -> None:
         )
 
 
-def _share(text: str) -> tuple[int, int]:
-    own, _, shares = text.partition("/")
-    if not (own.isdecimal() and shares.isdecimal() and int(own) < int(shares)):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
-    return int(own), int(shares)
+def _add_aggregate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "aggregate",
+        help="give every row of a store the softmax average of a memory: semantic consistency",
+        description="Write a store of pseudo embeddings: for each query, the average of the whole memory, exact, with "
+        "the weights softmax(cosine / temperature), normalised. A run that was stopped goes on.",
+        epilog="""examples:
+  cmcr aggregate --queries stores/clip-text --memory stores/clip-image --output pseudo/clip-image
+  torchrun --nproc_per_node 8 -m cmcr_hf.cli aggregate ...      a share of the queries for each GPU of a machine
+  cmcr aggregate --share 3/16 ...                               one of 16 jobs, on any machines""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, text in (
+        ("queries", "store of the overlap modality, such as texts"),
+        ("memory", "store of a leaf modality in the same space, such as images"),
+        ("values", "store of the items of the memory in another space, averaged in its place"),
+        ("output", "folder of the store that is written"),
+    ):
+        parser.add_argument(f"--{name}", required=name != "values", metavar="DIR", help=text)
+    parser.add_argument("--temperature", type=float, default=0.01, help="of the softmax (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products; bfloat16 is about twice as fast, at a cosine of .999 (default: %(default)s)",
+    )
+    _add_sharing_options(parser, "aggregate")
+    parser.set_defaults(run=_aggregate)
+
+
+def _aggregate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .training.aggregate_stores import aggregate_stores
+    from .training.store import EmbeddingStore
+
+    _check_output(arguments.output)
+    share, device = _shared(arguments)
+    queries, memory = (EmbeddingStore.open(folder) for folder in (arguments.queries, arguments.memory))
+    store = aggregate_stores(
+        queries,
+        memory,
+        arguments.output,
+        values=None if arguments.values is None else EmbeddingStore.open(arguments.values),
+        temperature=arguments.temperature,
+        dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+        device=device,
+        share=share,
+    )
+    own = f"share {share[0]} of {share[1]}: " if share[1] > 1 else ""
+    done = f"{store.rows} rows over {memory.rows} in {store.folder}"
+    print(own + (done if store.complete else "aggregated; others are still at theirs"))
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import re
@@ -38,7 +36,7 @@ from .output import (
 )
 from .pages.page import remove_page
 from .pages.report import write_report
-from .training.aggregate import aggregate
+from .training.aggregate_stores import aggregate_stores
 from .training.data import Item, Items
 from .training.embed import embed, source_record
 from .training.places import HUB_DATASETS
@@ -48,8 +46,6 @@ from .training.train import ConnectorTrainingArguments, last_checkpoint, train_c
 
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
-# What an interruption of the aggregation may lose at most, in rows, and what it holds in memory at once.
-PSEUDO_SHARD_ROWS = 65536
 _NOUNS = {"text": "texts", "image": "images", "audio": "clips", "point_cloud": "point clouds"}
 
 
@@ -189,7 +185,8 @@ def connect(
     def aggregated(queries: EmbeddingStore, memory: EmbeddingStore) -> EmbeddingStore:
         name = f"{memory.space}-{memory.modality}"
         with _stage(f"aggregate {name}", report) as done:
-            store = _aggregate(queries, memory, folder / "pseudo" / name, recipe.aggregate_temperature, device)
+            pseudo = folder / "pseudo" / name
+            store = aggregate_stores(queries, memory, pseudo, temperature=recipe.aggregate_temperature, device=device)
             done(f"{store.rows} {_NOUNS[overlap]} over {memory.rows} {_NOUNS[memory.modality]} in {store.folder}")
         return store
 
@@ -420,38 +417,6 @@ def _load_sources(recipe: Recipe) -> CMCRModel:
         ) from error
     except SafetensorError as error:
         raise ValueError(f"The weights of a source ({', '.join(ids.values())}) are damaged: {error}.") from error
-
-
-def _aggregate(
-    queries: EmbeddingStore, memory: EmbeddingStore, folder: Path, temperature: float, device: str
-) -> EmbeddingStore:
-    """Give every text a pseudo embedding of the leaf modality (semantic consistency), as a store of its own."""
-    inputs = {"queries": queries.digest, "memory": memory.digest, "temperature": temperature}
-    # Whole shards of the queries: none is read twice, and no more is held than the store writes at once.
-    shards = max(PSEUDO_SHARD_ROWS // queries.shard_rows, 1)
-    store = EmbeddingStore.create(
-        folder,
-        space=memory.space,
-        modality=memory.modality,
-        source=memory.source,
-        dim=memory.dim,
-        data_fingerprint=hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
-        shard_rows=shards * queries.shard_rows,
-    )
-    if store.complete:
-        return store
-    keys = queries.keys()
-    # An interrupted store ends with a shard, so it goes on at a shard of the queries.
-    rest = itertools.islice(queries.shards(), store.rows // queries.shard_rows, None)
-    while part := list(itertools.islice(rest, shards)):
-        block = torch.cat(part).to(device)
-        # Unit length, so that the noise turns pseudo and native embeddings by the same angle.
-        pseudo = aggregate(
-            block, memory, temperature=temperature, normalize=True, progress=queries.rows * memory.rows > 10**9
-        )
-        store.append(pseudo, keys[store.rows : store.rows + len(block)])
-    store.finish()
-    return store
 
 
 def _train(

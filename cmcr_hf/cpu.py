@@ -34,8 +34,8 @@ def float32_products() -> str:
 
 
 @contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices in "bf16" or "ieee" on the CPU and in "ieee" on CUDA; put the settings back after it.
+def products_in(precision: str, cuda: str = "ieee") -> Iterator[None]:
+    """Multiply float32 matrices in "bf16" or "ieee" on the CPU, in "ieee" or "tf32" on CUDA; put settings back after.
 
     Does nothing before torch 2.9.
     """
@@ -43,7 +43,7 @@ def products_in(precision: str) -> Iterator[None]:
         yield
         return
     settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    wanted = (precision, "ieee")
+    wanted = (precision, cuda)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting, value in zip(settings, wanted, strict=True):

@@ -18,6 +18,7 @@ from cmcr_hf.evaluation.connection import connector_metrics
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.output import write_json
+from cmcr_hf.training import aggregate_stores
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec, load_recipe
 from cmcr_hf.training.store import EmbeddingStore
@@ -145,38 +146,6 @@ def test_pseudo_embeddings_are_the_soft_retrieval_of_equation_1(finished):
     torch.testing.assert_close(embeds["clap_audio"].double(), expected, atol=1e-5, rtol=0)
 
 
-def random_store(folder, rows, dim, shard_rows):
-    embeds = torch.nn.functional.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows)))
-    store = EmbeddingStore.create(
-        folder,
-        space="clip",
-        modality="text",
-        source={"id": "random", "revision": "0", "config_hash": "0"},
-        dim=dim,
-        data_fingerprint="random",
-        shard_rows=shard_rows,
-    )
-    store.append(embeds, [f"row {row}" for row in range(rows)])
-    store.finish()
-    return store
-
-
-def test_an_interrupted_aggregation_of_shards_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    queries, memory = random_store(tmp_path / "queries", 50, 8, 4), random_store(tmp_path / "memory", 30, 8, 7)
-    monkeypatch.setattr(walk, "PSEUDO_SHARD_ROWS", 13)
-    whole = walk._aggregate(queries, memory, tmp_path / "whole", 0.1, "cpu")
-    assert (whole.shard_rows, whole.rows, whole.keys()) == (12, 50, queries.keys())
-    weights = torch.softmax(queries.tensor().double() @ memory.tensor().double().T / 0.1, dim=1)
-    expected = torch.nn.functional.normalize(weights @ memory.tensor().double())
-    torch.testing.assert_close(whole.tensor().double(), expected, atol=1e-6, rtol=0)
-    with monkeypatch.context() as patch:
-        raises_once(patch, walk, "aggregate", 2)
-        with pytest.raises(KeyboardInterrupt):
-            walk._aggregate(queries, memory, tmp_path / "stopped", 0.1, "cpu")
-    walk._aggregate(queries, memory, tmp_path / "stopped", 0.1, "cpu")
-    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
-
-
 def test_the_table_measures_the_connector_that_was_saved(finished):
     connector = CMCRConnector.from_pretrained(finished.folder / "connector")
     assert finished.table["C-MCR"] == connector_metrics(connector, finished.sets)
@@ -208,7 +177,7 @@ def test_model_and_connector_folders_load_and_embed_alike(finished, data):
 
 
 def test_a_second_run_does_nothing_again(recipe, data, finished, copy, monkeypatch):
-    for owner, name in ((embedding, "encode_features"), (walk, "aggregate"), (walk, "train_connector")):
+    for owner, name in ((embedding, "encode_features"), (aggregate_stores, "aggregate"), (walk, "train_connector")):
         monkeypatch.setattr(owner, name, fails)
     monkeypatch.setattr(CMCRModel, "save_pretrained", fails)
     before, lines = content(copy), []
@@ -228,7 +197,7 @@ def test_without_an_evaluate_section_there_is_no_table(recipe, data, copy):
 STOPS = {
     "first text store": (embedding, "encode_features", 0),
     "audio store": (embedding, "encode_features", 3),
-    "second aggregation": (walk, "aggregate", 1),
+    "second aggregation": (aggregate_stores, "aggregate", 1),
     "before the training": (walk, "train_connector", 0),
     "training": (CMCRConnector, "forward", 4),
     "log of the training": (walk, "write_json", 1),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from threading import Barrier
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from ..cpu import float32_products, products_in
 from .store import EmbeddingStore
 
 # Rows of queries and of memory whose scores are held at once. On a CPU they stay in the cache between the two products
-# (4 MB in float32); elsewhere a larger product hides the cost of starting it.
+# (4 MB in float32 for each core); elsewhere a larger product hides the cost of starting it.
 CPU_BLOCKS = (512, 2048)
 DEVICE_BLOCKS = (4096, 16384)
 # Blocks of the memory that are read at once, so that the sums of a query block stay in the cache for as long.
@@ -45,13 +48,16 @@ def aggregate(
     C-MCR (arXiv 2305.14381), semantic consistency: `v_i = sum_k softmax_k(<t_i, v_k> / tau1) v_k`. The softmax is over
     all rows, computed block by block as the memory comes, in one pass for all queries: beside the result, three
     stretches of `READ_BLOCKS * memory_block` rows of the memory are held at most (one in use, one read ahead, one
-    being copied) and scores of (query_block, memory_block). Computed on the device of the queries, in float32 (float64
-    if an input is). A cosine in float32 errs by about 1e-7 and its weight, relatively, by 1e-7 / temperature. While it
-    runs, the process multiplies float32 matrices as `float32_products` says, whatever was set before.
+    being copied) and, for every core that torch may use, scores of (query_block, memory_block). Computed on the device
+    of the queries, in float32 (float64 if an input is). A cosine in float32 errs by about 1e-7 and its weight,
+    relatively, by 1e-7 / temperature. While it runs, the process multiplies float32 matrices as `float32_products`
+    says, whatever was set before.
 
-    A row of the result has the same bits wherever it stands, if queries are cut at multiples of query_block: see
-    `rank_rows`. Several query sets over one memory are one call with `torch.cat(query_sets)`; several values under one
-    softmax, one call with values side by side, for Ex-MCR's `t^A` and `t^I` of audio (arXiv 2310.08884):
+    A row of the result has the same bits wherever it stands and however many cores there are, if queries are cut at
+    multiples of query_block: see `rank_rows`. Several query sets over one memory are one call with
+    `torch.cat(query_sets)`; several memories are as many calls, since no reading is saved by walking them together, as
+    C-MCR's two (clip texts over images, clap texts over audio) are. Several values under one softmax are one call with
+    values side by side, for Ex-MCR's `t^A` and `t^I` of audio (arXiv 2310.08884):
 
         pairs = zip(clap_texts.shards(), clip_texts.shards(), strict=True)
         both = aggregate(audio, clap_texts, (torch.cat(pair, dim=1) for pair in pairs))
@@ -84,8 +90,8 @@ def aggregate(
     if query_block < 1 or memory_block < 1:
         raise ValueError(f"query_block is {query_block} and memory_block {memory_block}, expected at least 1.")
     _check_matrix("queries", queries)
-    if not all(_is_finite(rows) for rows in queries.split(query_block)):
-        raise ValueError("queries hold NaN or infinity, expected finite embeddings: remove those rows.")
+    for rows in queries.split(query_block):
+        _check_finite("queries", rows)
     pairs = _pairs(memory, values, queries.shape[1])
     first = next(pairs, None)
     if first is None:
@@ -97,31 +103,50 @@ def aggregate(
     result = torch.zeros(len(queries), first[1].shape[1], dtype=sums_dtype, device=device)
     total = torch.zeros(len(queries), 1, dtype=sums_dtype, device=device)
     reference = torch.zeros_like(total)
-    scores = torch.empty(min(query_block, len(queries)) * memory_block, dtype=dtype, device=device)
-    read = _blocks(itertools.chain([first], pairs), READ_BLOCKS * memory_block, dtype)
-    bar = tqdm(total=_rows(memory), unit="row", disable=not progress)
+    # On a CPU every core takes query blocks of its own: no core waits for another within a product, and what is not a
+    # product runs on all of them.
+    cores = min(torch.get_num_threads(), -(-len(queries) // query_block)) if device.type == "cpu" else 1
+    spare = [
+        torch.empty(min(query_block, len(queries)) * memory_block, dtype=dtype, device=device) for _ in range(cores)
+    ]
+    add_block = _add_block if device.type == "cpu" else _add_block_unread
+
+    def add(keys: Tensor, contribution: Tensor, is_first: bool, start: int) -> None:
+        rows = slice(start, start + query_block)
+        scores = spare.pop()
+        # exp2 takes a third of the time of exp.
+        block = (queries[rows].to(sums_dtype) * (math.log2(math.e) / temperature)).to(dtype)
+        state = (reference[rows], total[rows], result[rows])
+        for part in range(0, len(keys), memory_block):
+            columns = slice(part, part + memory_block)
+            add_block(block, keys[columns], contribution[columns], state, scores, is_first and part == 0)
+        spare.append(scores)
+
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    read = _blocks(itertools.chain([first], pairs), READ_BLOCKS * memory_block, dtype, device, stream)
+    # What is not on the CPU is asked at the end: an answer now would have the device wait for the host.
+    finite = None if device.type == "cpu" else torch.ones((), dtype=torch.bool, device=device)
+    starts = range(0, len(queries), query_block)
     # Under autocast the products would be rounded to bfloat16, an error of up to 0.4 in a score of 100.
     with (
         torch.autocast(device.type, enabled=False),
         products_in(float32_products()),
+        _on_cores(cores) as each,
         closing(_read_ahead(read)) as blocks,
-        bar,
+        tqdm(total=_rows(memory), unit="row", disable=not progress) as bar,
     ):
         is_first = True
-        for keys, contribution in blocks:
+        for keys, contribution in blocks if stream is None else _arrived(blocks, stream):
             shared = contribution is keys
-            keys = _moved("memory", keys, device, dtype)
-            contribution = keys if shared else _moved("values", contribution, device, dtype)
-            for start in range(0, len(queries), query_block):
-                rows = slice(start, start + query_block)
-                # exp2 takes a third of the time of exp.
-                block = (queries[rows].to(sums_dtype) * (math.log2(math.e) / temperature)).to(dtype)
-                state = (reference[rows], total[rows], result[rows])
-                for part in range(0, len(keys), memory_block):
-                    columns = slice(part, part + memory_block)
-                    _add_block(block, keys[columns], contribution[columns], state, scores, is_first and part == 0)
+            keys = keys.to(device, dtype)
+            contribution = keys if shared else contribution.to(device, dtype)
+            if finite is not None:
+                finite &= keys.sum().isfinite() & contribution.sum().isfinite()
+            each(partial(add, keys, contribution, is_first), starts)
             is_first = False
             bar.update(len(keys))
+    if finite is not None and not finite:
+        raise ValueError("memory or values hold NaN or infinity, expected finite embeddings: remove those rows.")
     result.div_(total)
     if not all(_is_finite(rows) for rows in result.split(query_block)):
         raise ValueError(
@@ -159,8 +184,7 @@ def _add_block(
     """Add a block of the memory to the sums of a block of queries.
 
     Weights are 2 ** (score - reference), the reference of a row being near its largest score so far. It is subtracted
-    within the product, before that is rounded: scores near the largest, which decide, then err least in bfloat16. No
-    row's reference depends on the rows beside it.
+    within the product, before that is rounded: scores near the largest, which decide, then err least in bfloat16.
 
     Args:
         queries: scaled, so that scores are exponents of 2.
@@ -171,26 +195,103 @@ def _add_block(
     scores = scores[: len(queries) * len(keys)].view(len(queries), len(keys))
     torch.addmm(-reference.to(keys.dtype), queries, keys.T, out=scores)
     rise = scores.amax(dim=1, keepdim=True)
-    if is_first or bool((rise > RISE).any()):
-        followed = rise if is_first else torch.where(rise > RISE, rise, 0)
-        moved = (reference + followed).to(keys.dtype)
-        change = moved - reference
+    # The rows whose reference is to follow: few, behind the first block.
+    risen = (rise > (-math.inf if is_first else RISE)).flatten().nonzero().flatten()
+    if len(risen):
+        moved = (reference[risen] + rise[risen]).to(keys.dtype)
+        change = moved - reference[risen]
         if keys.dtype == torch.bfloat16:
-            torch.addmm(-moved, queries, keys.T, out=scores)
+            scores[risen] = torch.addmm(-moved, queries[risen], keys.T)
         else:
             # Not multiplied anew: at scores above 1e6 the rounding of the product would outweigh the difference.
-            scores.sub_(change)
+            scores[risen] -= change
         if not is_first:
             decay = torch.exp2(-change)
-            total.mul_(decay)
-            average.mul_(decay)
-        reference.copy_(moved)
-    weights = scores.exp2_()
+            total[risen] *= decay
+            average[risen] *= decay
+        reference[risen] = moved.to(reference.dtype)
+    _add_weights(scores.exp2_(), values, total, average)
+
+
+def _add_block_unread(
+    queries: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor, Tensor, Tensor], scores: Tensor, is_first: bool
+) -> None:
+    """Add a block as [`_add_block`] does, where the host would wait for the device to learn which rows have risen.
+
+    All rows are treated alike. In bfloat16, the scores of a row that rises by more than `RISE` behind the first block
+    err by 2 ** -9 of the rise, within that block.
+    """
+    reference, total, average = state
+    scores = scores[: len(queries) * len(keys)].view(len(queries), len(keys))
+    torch.addmm(-reference.to(keys.dtype), queries, keys.T, out=scores)
+    rise = scores.amax(dim=1, keepdim=True)
+    moved = (reference + (rise if is_first else torch.where(rise > RISE, rise, 0))).to(keys.dtype)
+    change = moved - reference
+    if is_first and keys.dtype == torch.bfloat16:
+        torch.addmm(-moved, queries, keys.T, out=scores)
+    else:
+        scores.sub_(change)
+    if not is_first:
+        decay = torch.exp2(-change)
+        total.mul_(decay)
+        average.mul_(decay)
+    reference.copy_(moved)
+    _add_weights(scores.exp2_(), values, total, average)
+
+
+def _add_weights(weights: Tensor, values: Tensor, total: Tensor, average: Tensor) -> None:
     total.add_(weights.sum(dim=1, keepdim=True, dtype=total.dtype))
     if weights.dtype == average.dtype:
         average.addmm_(weights, values)
     else:
         average.add_(weights @ values)
+
+
+@contextmanager
+def _on_cores(cores: int) -> Iterator[Callable[[Callable[[int], None], Iterable[int]], None]]:
+    """Give a function that calls another for each of some numbers: in threads of one core each, if there are several.
+
+    Threads compute without gradients and in the inference mode that this one is in.
+    """
+    if cores < 2:
+
+        def in_turn(call: Callable[[int], None], numbers: Iterable[int]) -> None:
+            for number in numbers:
+                call(number)
+
+        yield in_turn
+        return
+    mode = torch.is_inference_mode_enabled()
+    with _one_core_each(cores) as pool:
+
+        def at_once(call: Callable[[int], None], numbers: Iterable[int]) -> None:
+            def called(number: int) -> None:
+                with torch.inference_mode(mode), torch.no_grad():
+                    call(number)
+
+            for _ in pool.map(called, numbers):
+                pass
+
+        yield at_once
+
+
+@contextmanager
+def _one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Start threads in which torch uses no further ones."""
+    before = torch.get_num_threads()
+    started = Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    with ThreadPoolExecutor(threads, initializer=start) as pool:
+        for _ in range(threads):
+            pool.submit(int)
+        started.wait()
+        # Each thread keeps its number, but those to come, and `torch.get_num_threads`, have the last that was set.
+        torch.set_num_threads(before)
+        yield pool
 
 
 def _shards(source: Tensor | EmbeddingStore | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -241,34 +342,59 @@ def _pairs(
             yield keys, contribution
 
 
-def _blocks(pairs: Iterable[tuple[Tensor, Tensor]], rows: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut shards into blocks of at most `rows`; on the CPU they are copied, into `dtype`."""
+def _blocks(
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut shards into blocks of at most `rows`, those that are not on the device in `dtype`.
 
-    def copied(block: Tensor) -> Tensor:
+    Args:
+        stream: that copies to CUDA go through, which are not waited for.
+    """
+
+    def copied(name: str, block: Tensor) -> Tensor:
+        if device.type != "cpu" and block.device == device:
+            return block
         # Memory of our own even where the dtype is right: files are read here and not by a product, which would also
         # round by the address that a file is mapped to.
-        return block.to(dtype, copy=True) if block.device.type == "cpu" else block
+        own = torch.empty(block.shape, dtype=dtype, pin_memory=stream is not None).copy_(block)
+        if device.type == "cpu":
+            _check_finite(name, own)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return own.to(device, non_blocking=stream is not None)
 
     for keys, contribution in pairs:
         for start in range(0, len(keys), rows):
-            block = copied(keys[start : start + rows].detach())
+            block = copied("memory", keys[start : start + rows].detach())
             same = contribution is keys
-            yield block, block if same else copied(contribution[start : start + rows].detach())
+            yield block, block if same else copied("values", contribution[start : start + rows].detach())
 
 
-def _read_ahead(blocks: Iterator[tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor], None, None]:
+def _read_ahead(blocks: Iterator[Any]) -> Generator[Any, None, None]:
     """Yield blocks while a thread reads the one that comes next."""
-    with ThreadPoolExecutor(1) as reader:
+    with _one_core_each(1) as reader:
         waiting = reader.submit(next, blocks, None)
         while (block := waiting.result()) is not None:
             waiting = reader.submit(next, blocks, None)
             yield block
 
 
-def _moved(name: str, block: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if not _is_finite(block):
-        raise ValueError(f"{name} hold NaN or infinity, expected finite embeddings: remove those rows.")
-    return block.to(device, dtype)
+def _arrived(blocks: Iterable[tuple[Tensor, Tensor]], stream: torch.cuda.Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks once the work that is queued next will find them on CUDA; queue that of two blocks at most."""
+    current = torch.cuda.current_stream(stream.device)
+    queued: torch.cuda.Event | None = None
+    for pair in blocks:
+        current.wait_stream(stream)
+        for block in pair:
+            # Its memory is given to no later block before this work is done.
+            block.record_stream(current)
+        yield pair
+        before, queued = queued, current.record_event()
+        if before is not None:
+            before.synchronize()
 
 
 def _check_matrix(name: str, tensor: Tensor, first: Tensor | None = None) -> None:
@@ -285,5 +411,11 @@ def _check_matrix(name: str, tensor: Tensor, first: Tensor | None = None) -> Non
         )
 
 
+def _check_finite(name: str, rows: Tensor) -> None:
+    if not _is_finite(rows):
+        raise ValueError(f"{name} hold NaN or infinity, expected finite embeddings: remove those rows.")
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    # The sum takes a fifth of the time, and is finite only where all numbers are.
+    return bool(tensor.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())

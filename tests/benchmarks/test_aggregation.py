@@ -22,3 +22,14 @@ def test_a_score_matrix_too_large_for_memory_is_skipped_and_said_to_be(
     out = capsys.readouterr().out
     assert "Skipped, more than 1000 scores: dense softmax." in out
     assert "dense softmax, float32" not in out
+
+
+def test_the_whole_of_the_paper_is_projected_from_a_tenth_with_its_cosine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregation, "PAPER", (400, (300, 500)))
+    aggregation.main(["--project", "--dim", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:3]] == ["40 texts x 300 x 64", "40 texts x 500 x 64"]
+    assert all(0.999 < float(line.split()[-1]) <= 1 for line in lines[1:3])
+    assert lines[3].startswith("projected, 400 texts x (300 + 500): ")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmcr_hf.cpu import float32_products, products_in
+from cmcr_hf.training import aggregate as module
 from cmcr_hf.training.aggregate import READ_BLOCKS, aggregate, rank_rows
 from cmcr_hf.training.store import EmbeddingStore
 
@@ -199,10 +200,12 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_temporary_is_larger_than_a_block() -> None:
+def test_no_temporary_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     # Half precision, so that a copy of the whole memory in float32 would show, as the whole score matrix would.
     queries, memory = unit_rows(400, 8, 0), unit_rows(1000, 8, 1).half()
     float32_products()
+    # What other threads do is not seen.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with LargestTensor() as largest:
         aggregate(queries, memory, query_block=100, memory_block=50)
     assert largest.elements == max(100 * 50, READ_BLOCKS * 50 * 8, 400 * 8)
@@ -358,8 +361,7 @@ def test_the_memory_is_read_once_and_no_further_than_needed() -> None:
 
     with pytest.raises(ValueError, match="memory hold NaN"):
         aggregate(unit_rows(30, 8, 0), shards(), query_block=4, memory_block=1)
-    # The one in use, and the one read ahead.
-    assert read == [0, 1, 2, 3]
+    assert read == [0, 1, 2]
 
 
 def test_values_side_by_side_share_one_softmax() -> None:
@@ -379,6 +381,90 @@ def test_ranks_together_give_the_bits_of_one_call(dtype: torch.dtype | None) -> 
     for world_size in (1, 2, 3, 20):
         parts = [rank_rows(53, 8, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert torch.equal(torch.cat([run(queries[part.start : part.stop]) for part in parts]), whole)
+
+
+@pytest.fixture
+def three_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_number_of_cores_changes_no_bit(
+    dtype: torch.dtype | None, three_cores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, memory = unit_rows(53, 64, 0), unit_rows(97, 64, 1)
+    run = partial(aggregate, queries, memory, dtype=dtype, query_block=4, memory_block=10)
+    several = run()
+    # Each of the threads used one, and this one still has all.
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    assert torch.equal(several, run())
+
+
+def test_what_the_calling_thread_is_in_holds_on_all_cores(three_cores: None) -> None:
+    queries, memory = unit_rows(53, 64, 0).requires_grad_(), unit_rows(97, 64, 1)
+    expected = aggregate(queries, memory, query_block=4)
+    with torch.inference_mode():
+        result = aggregate(queries, memory, query_block=4)
+    assert result.is_inference()
+    assert not expected.requires_grad
+    assert torch.equal(result, expected)
+
+
+def test_an_error_on_one_core_is_raised(three_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "_add_block", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        aggregate(unit_rows(53, 64, 0), unit_rows(97, 64, 1), query_block=4)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 0.001, 0.01, 1.0])
+def test_the_steps_of_a_device_give_the_dense_softmax(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_add_block", module._add_block_unread)
+    queries, memory = unit_rows(13, 64, 0), unit_rows(97, 64, 1)
+    memory = memory[(memory @ queries[0]).argsort()]
+    result = aggregate(queries, memory, temperature=temperature, query_block=5, memory_block=10)
+    limit = 1e-6 + 5e-7 / temperature
+    assert largest_difference(result, dense(queries, memory, temperature=temperature)) < limit
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "falling"])
+def test_the_steps_of_a_device_keep_the_direction_in_bfloat16(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_add_block", module._add_block_unread)
+    queries, memory = unit_rows(40, 512, 0), unit_rows(3000, 512, 1)
+    if order != "random":
+        memory = memory[(memory @ queries.mean(dim=0)).argsort(descending=order == "falling")]
+    result = aggregate(queries, memory, dtype=torch.bfloat16, memory_block=200)
+    assert F.cosine_similarity(result.double(), dense(queries, memory)).min() > 0.999
+
+
+class Reads(TorchDispatchMode):
+    """Record the operations that make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
+            self.names.add(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("step", "reads"), [("_add_block_unread", set()), ("_add_block", {"aten::nonzero"})])
+def test_the_steps_of_a_device_are_never_waited_for(step: str, reads: set[str]) -> None:
+    state = torch.zeros(5, 1), torch.zeros(5, 1), torch.zeros(5, 8)
+    memory = unit_rows(30, 8, 1)
+    with Reads() as found:
+        for number, keys in enumerate(memory.split(10)):
+            getattr(module, step)(unit_rows(5, 8, 0) * 100, keys, keys, state, torch.empty(50), number == 0)
+    assert found.names == reads
 
 
 def test_the_address_of_the_memory_does_not_change_a_bit() -> None:
