@@ -9,11 +9,12 @@ from cmcr_hf.modeling import losses_cmcr as losses
 from cmcr_hf.modeling.losses_cmcr import symmetric_info_nce
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    """Blocks of three rows at any number of rows."""
-    monkeypatch.setattr(losses, "PLAIN_ROWS", 0)
+@pytest.fixture(params=["kept", "anew"])
+def blocks(request, monkeypatch):
+    """Blocks of three rows, whose logits are kept for the gradient or computed anew."""
     monkeypatch.setattr(losses, "CPU_BLOCK_ROWS", 3)
+    if request.param == "anew":
+        monkeypatch.setattr(losses, "KEPT_LOGITS", 0)
 
 
 def unit_rows(rows, dim, *, seed=0, dtype=torch.float32):
@@ -32,8 +33,9 @@ def gradients(loss, *inputs):
     return loss, *torch.autograd.grad(3 * loss, inputs)
 
 
-def test_the_loss_in_blocks_and_its_gradients_are_those_of_the_plain_one_in_float32(monkeypatch):
-    monkeypatch.setattr(losses, "PLAIN_ROWS", 0)
+@pytest.mark.parametrize("kept", [0, 2500**2])
+def test_the_loss_in_blocks_and_its_gradients_are_those_of_the_plain_one_in_float32(monkeypatch, kept):
+    monkeypatch.setattr(losses, "KEPT_LOGITS", kept)
     a, b = unit_rows(2500, 16)
     scale = torch.tensor(100.0, requires_grad=True)
     for found, expected in zip(
@@ -93,6 +95,8 @@ import importlib.util, resource, sys, torch
 spec = importlib.util.spec_from_file_location("losses", sys.argv[1])
 losses = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(losses)
+
+losses.KEPT_LOGITS = 2**24
 
 def run(rows):
     a, b = torch.randn(2, rows, 16).requires_grad_().unbind()
