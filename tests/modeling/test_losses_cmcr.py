@@ -112,3 +112,29 @@ def test_a_large_batch_takes_less_memory_than_one_copy_of_its_logits():
     command = [sys.executable, "-c", PEAK, losses.__file__]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert peak < 150e6 < 8192**2 * 4
+
+
+# A whole step of two projectors on a batch whose logits would take 8 GiB, and their gradients as much.
+STEP = """
+import resource, torch
+import torch.nn.functional as F
+from cmcr_hf import CMCRConfig, CMCRConnector
+
+embeds = {name: F.normalize(torch.randn(32768, 512), dim=-1)
+          for name in ("clip_text", "clap_text", "clip_image", "clap_audio")}
+connector = CMCRConnector(CMCRConfig(projectors={"clip": {"input_dim": 512}, "clap": {"input_dim": 512}})).train()
+optimizer = torch.optim.AdamW(connector.parameters(), fused=True)
+loss = connector(embeds, noise_seed=(0, 0, 0)).loss
+loss.backward()
+optimizer.step()
+assert loss.isfinite() and connector.projectors["clip"].layers[0].weight.grad.abs().max() > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_training_step_of_32768_rows_takes_a_quarter_of_24_gib():
+    done = subprocess.run([sys.executable, "-c", STEP], check=True, capture_output=True, text=True)
+    peak = int(done.stdout)
+    print(f"{peak / 2**30:.2f} GiB")
+    assert peak < 6 * 2**30
