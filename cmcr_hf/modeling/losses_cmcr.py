@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Up to here the logits take less than a gigabyte, gradients included, and computing them twice costs time.
-PLAIN_ROWS = 4096
+# Up to so many logits (512 MiB in float32) are kept for the gradient; beyond, they are computed anew.
+KEPT_LOGITS = 2**27
 # Blocks of a CPU stay in its cache; a GPU wants large products.
 CPU_BLOCK_ROWS = 512
 BLOCK_ROWS = 4096
@@ -20,8 +19,8 @@ def symmetric_info_nce(
 ) -> torch.Tensor:
     """Return the mean of both directions' cross entropies between aligned unit rows (equation 4).
 
-    The logits of large batches are computed in blocks, anew for the gradient: memory grows with the rows, not with
-    their square.
+    The logits are computed in blocks, and those of large batches anew for the gradient: memory grows with the rows,
+    not with their square.
 
     Args:
         a, b: `(batch, dim)`, row i of one belongs to row i of the other, all other rows are negatives.
@@ -35,11 +34,9 @@ def symmetric_info_nce(
     """
     if a.shape != b.shape:
         raise ValueError(f"Expected aligned rows of one width, got {tuple(a.shape)} and {tuple(b.shape)}.")
-    if group is None and len(a) <= PLAIN_ROWS:
-        logits = a @ b.T * scale
-        targets = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    return _InfoNCE.apply(a, b, torch.as_tensor(scale, dtype=a.dtype, device=a.device), group)
+    # Filled on the device: a number that is copied there would make the host wait.
+    scale = scale.to(a) if isinstance(scale, torch.Tensor) else a.new_full((), scale)
+    return _InfoNCE.apply(a, b, scale, group)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -53,27 +50,31 @@ class _InfoNCE(torch.autograd.Function):
             scaled, everyone = (a * scale).to(low), gather(b, group).to(low)
             row_lse, positives = a.new_empty(len(a)), a.new_empty(len(a))
             peak, total = a.new_full((len(everyone),), -torch.inf), a.new_zeros(len(everyone))
+            keep = any(ctx.needs_input_grad) and len(a) * len(everyone) <= KEPT_LOGITS
+            kept: list[torch.Tensor] = []
             for block in _blocks(a):
                 logits = (scaled[block] @ everyone.T).to(a.dtype)
                 positives[block] = logits.diagonal(ctx.first + block.start)
                 row_lse[block] = logits.logsumexp(dim=1)
                 higher = torch.maximum(peak, logits.amax(dim=0))
-                total = total * (peak - higher).exp() + logits.sub_(higher).exp_().sum(dim=0)
+                total = total * (peak - higher).exp() + (logits - higher).exp_().sum(dim=0)
                 peak = higher
+                if keep:
+                    kept.append(logits)
             column_lse = gather((peak + total.log())[None], group).logsumexp(dim=0)
-            ctx.save_for_backward(a, scale, scaled, everyone, row_lse, column_lse)
+            ctx.save_for_backward(a, scale, scaled, everyone, row_lse, column_lse, *kept)
             return (row_lse + column_lse[ctx.first : ctx.first + len(a)] - 2 * positives).mean() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        a, scale, scaled, everyone, row_lse, column_lse = ctx.saved_tensors
+        a, scale, scaled, everyone, row_lse, column_lse, *kept = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):
             grad_a, grad_everyone = torch.empty_like(a), a.new_zeros(everyone.shape)
-            for block in _blocks(a):
-                logits = (scaled[block] @ everyone.T).to(a.dtype)
+            for index, block in enumerate(_blocks(a)):
+                logits = kept[index] if kept else (scaled[block] @ everyone.T).to(a.dtype)
                 slope = (logits - row_lse[block, None]).exp_()
-                slope += logits.sub_(column_lse).exp_()
+                slope += (logits - column_lse).exp_()
                 slope.diagonal(ctx.first + block.start).sub_(2)
                 slope = slope.to(scaled.dtype)
                 grad_a[block] = slope @ everyone

@@ -71,8 +71,10 @@ class DivergenceCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         spoilt = [name for name in ("loss", "train_loss") if not math.isfinite((logs or {}).get(name, 0.0))]
-        # The last step may spoil the weights behind a finite loss.
-        spoilt += [name for name, weights in self._connector.state_dict().items() if not weights.isfinite().all()]
+        # The last step may spoil the weights behind a finite loss. One question, since a GPU stops for each.
+        weights = self._connector.state_dict()
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+        spoilt += [name for name, fine in zip(weights, finite, strict=True) if not fine]
         if spoilt:
             raise ValueError(
                 f"The training diverged at step {state.global_step} of {state.max_steps}: {spoilt[0]} is not finite. "

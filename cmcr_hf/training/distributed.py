@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainingArguments
 
 from ..modeling.modeling_cmcr import CMCRConnector, CMCRProjector
+
+
+def join_ranks(args: TrainingArguments) -> None:
+    """Let the processes that torchrun starts on one node find each other, and not those before a restart.
+
+    torchrun keeps one store for all of its starts (torch 2.13), in which processes that start again may read the
+    addresses of those before them. Here every start has keys of its own. Nodes count their starts apart, so several
+    are left to torch.
+    """
+    environment = os.environ
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environment.get("GROUP_WORLD_SIZE") == "1"
+    if not shared or environment.get("WORLD_SIZE") == "1" or args.ddp_backend is not None or dist.is_initialized():
+        return
+    if not args.use_cpu and not torch.cuda.is_available():
+        return
+    timeout = timedelta(seconds=args.ddp_timeout)
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+    dist.init_process_group(
+        "gloo" if args.use_cpu else "nccl",
+        timeout=timeout,
+        store=dist.PrefixStore(f"start {environment['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
 from .data import load_table
-from .train import run_script
+from .train import run_script, tuned
 
 
 @dataclass
@@ -128,9 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(
         model=model, args=args, data_collator=PairCollator(processor), train_dataset=pairs, eval_dataset=held_out
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if held_out is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+    with tuned(args):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if held_out is not None:
+            trainer.save_metrics("eval", trainer.evaluate())
     if arguments.train_sources:
         # They are no longer the sources that the connector has fingerprints of.
         model.record_fingerprints(processor)

@@ -14,10 +14,13 @@ and so does `--resume_from_last_checkpoint`, which finds it in the output folder
 Several processes train as one does on the batch of all of them, on GPUs or on CPUs (`--use_cpu`), and start again
 behind the last checkpoint when one of them is killed:
 
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node 4 --max-restarts 1 \\
+    torchrun --standalone --nproc_per_node 4 --max-restarts 1 \\
         -m cmcr_hf.training.train --resume_from_last_checkpoint True --per_device_train_batch_size 1024 ...
 
-Without the variable, processes that start again may read the addresses of those before them, and fail (torch 2.13).
+On several nodes, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: processes that start again may else read the addresses of
+those before them, and fail (torch 2.13). `accelerate launch --multi_gpu --num_processes 4 -m cmcr_hf.training.train`
+does the same, on CPUs too with `--use_cpu` behind the name of the script; its own `--cpu` starts one process
+(accelerate 1.15).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,12 +52,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..cpu import tuned_cpu
 from ..durable import verify_checksums
 from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
-from .distributed import one_batch_of_all_ranks
+from .distributed import join_ranks, one_batch_of_all_ranks
 from .store import EmbeddingStore
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
@@ -86,6 +91,10 @@ class ConnectorTrainingArguments(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        join_ranks(self)
+        super().__post_init__()
 
 
 @dataclass
@@ -143,7 +152,11 @@ class ConnectionDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         # One gather a batch in place of thousands of single rows and their collation.
         device = next(iter(self.embeds.values())).device
-        rows = torch.as_tensor(indices, device=device)
+        rows = torch.as_tensor(indices)
+        if device.type == "cuda":
+            # From pinned memory, or the host would wait for the step before.
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
         return {"embeds": {name: tensor[rows].float() for name, tensor in self.embeds.items()}}
 
 
@@ -204,6 +217,12 @@ def train_connector(
     if args.n_gpu > 1:
         # DataParallel would give every GPU negatives and statistics of its own: several take torchrun.
         args._n_gpu = 1
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ValueError(
+            f"{started} processes were started, expected {args.world_size} on {args.device.type}: each would train "
+            "alone. Pass --use_cpu, where there is no GPU for them."
+        )
     batch_size = args.per_device_train_batch_size * args.world_size
     if batch_size < 2:
         raise ValueError(
@@ -315,6 +334,18 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
     return {name: by_name[name] for name in dict.fromkeys(names)}
 
 
+@contextmanager
+def tuned(args: TrainingArguments) -> Iterator[None]:
+    """Make a CPU faster for the time of a script, as [`tuned_cpu`] says in a line of the first process."""
+    if args.device.type != "cpu":
+        yield
+        return
+    with tuned_cpu() as line:
+        if args.should_log:
+            print(line, flush=True)
+        yield
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script: parse, open the stores, train, save."""
     parser = HfArgumentParser(
@@ -350,7 +381,8 @@ def main(argv: list[str] | None = None) -> None:
         # The first process removes what is damaged before the others look.
         with args.main_process_first(local=False):
             args.resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
-    connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
+    with tuned(args):
+        connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
     if args.should_save:
         connector.save_pretrained(args.output_dir)
         metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}

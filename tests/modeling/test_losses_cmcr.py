@@ -9,11 +9,12 @@ from cmcr_hf.modeling import losses_cmcr as losses
 from cmcr_hf.modeling.losses_cmcr import symmetric_info_nce
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    """Blocks of three rows at any number of rows."""
-    monkeypatch.setattr(losses, "PLAIN_ROWS", 0)
+@pytest.fixture(params=["kept", "anew"])
+def blocks(request, monkeypatch):
+    """Blocks of three rows, whose logits are kept for the gradient or computed anew."""
     monkeypatch.setattr(losses, "CPU_BLOCK_ROWS", 3)
+    if request.param == "anew":
+        monkeypatch.setattr(losses, "KEPT_LOGITS", 0)
 
 
 def unit_rows(rows, dim, *, seed=0, dtype=torch.float32):
@@ -32,8 +33,9 @@ def gradients(loss, *inputs):
     return loss, *torch.autograd.grad(3 * loss, inputs)
 
 
-def test_the_loss_in_blocks_and_its_gradients_are_those_of_the_plain_one_in_float32(monkeypatch):
-    monkeypatch.setattr(losses, "PLAIN_ROWS", 0)
+@pytest.mark.parametrize("kept", [0, 2500**2])
+def test_the_loss_in_blocks_and_its_gradients_are_those_of_the_plain_one_in_float32(monkeypatch, kept):
+    monkeypatch.setattr(losses, "KEPT_LOGITS", kept)
     a, b = unit_rows(2500, 16)
     scale = torch.tensor(100.0, requires_grad=True)
     for found, expected in zip(
@@ -94,6 +96,8 @@ spec = importlib.util.spec_from_file_location("losses", sys.argv[1])
 losses = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(losses)
 
+losses.KEPT_LOGITS = 2**24
+
 def run(rows):
     a, b = torch.randn(2, rows, 16).requires_grad_().unbind()
     losses.symmetric_info_nce(a, b, 1.0).backward()
@@ -108,3 +112,29 @@ def test_a_large_batch_takes_less_memory_than_one_copy_of_its_logits():
     command = [sys.executable, "-c", PEAK, losses.__file__]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert peak < 150e6 < 8192**2 * 4
+
+
+# A whole step of two projectors on a batch whose logits would take 8 GiB, and their gradients as much.
+STEP = """
+import resource, torch
+import torch.nn.functional as F
+from cmcr_hf import CMCRConfig, CMCRConnector
+
+embeds = {name: F.normalize(torch.randn(32768, 512), dim=-1)
+          for name in ("clip_text", "clap_text", "clip_image", "clap_audio")}
+connector = CMCRConnector(CMCRConfig(projectors={"clip": {"input_dim": 512}, "clap": {"input_dim": 512}})).train()
+optimizer = torch.optim.AdamW(connector.parameters(), fused=True)
+loss = connector(embeds, noise_seed=(0, 0, 0)).loss
+loss.backward()
+optimizer.step()
+assert loss.isfinite() and connector.projectors["clip"].layers[0].weight.grad.abs().max() > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_training_step_of_32768_rows_takes_a_quarter_of_24_gib():
+    done = subprocess.run([sys.executable, "-c", STEP], check=True, capture_output=True, text=True)
+    peak = int(done.stdout)
+    print(f"{peak / 2**30:.2f} GiB")
+    assert peak < 6 * 2**30

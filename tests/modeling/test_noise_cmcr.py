@@ -1,6 +1,7 @@
 import torch
 
-from cmcr_hf.modeling.noise_cmcr import SEED_ROWS, row_noise
+from cmcr_hf.modeling.noise_cmcr import CPU_SEED_ROWS as SEED_ROWS
+from cmcr_hf.modeling.noise_cmcr import row_noise
 
 
 def test_parts_of_a_batch_get_the_noise_of_the_whole():

@@ -20,6 +20,8 @@ spec.loader.exec_module(test_train)
 SCRIPT = Path(__file__).with_name("train_in_ranks.py")
 ROOT = SCRIPT.parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# It is not needed on one node.
+ENVIRONMENT.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
@@ -99,16 +101,53 @@ train.run_script(train.main)
 
 
 def train_and_kill(folder, *launch):
-    """Run the script under torchrun, with stores that it writes first; return the finished process."""
-    stores = test_train.save_stores(folder, test_train.aligned_embeds(64))
+    """Run the script under torchrun and kill its second process; return the finished one."""
     (folder / "killed.py").write_text(KILLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launch]
-    command += [str(folder / "killed.py"), "--stores", *stores, "--output_dir", str(folder / "out")]
+    return train_in_two([*TORCHRUN, *launch, str(folder / "killed.py")], folder)
+
+
+def train_in_two(command, folder):
+    """Write stores and train on them with a batch of 8 in each of the two processes that a command starts."""
+    stores = test_train.save_stores(folder, test_train.aligned_embeds(64))
+    command = [sys.executable, "-m", *command, "--stores", *stores, "--output_dir", str(folder / "out")]
     command += ["--per_device_train_batch_size", "8", "--num_train_epochs", "3", "--projection_dim", "8"]
     command += ["--optim", "sgd", "--learning_rate", "0.1", "--overlap_temperature", "0.1", "--use_cpu"]
     command += ["--leaf_temperature", "0.1", "--resume_from_last_checkpoint", "True", "--disable_tqdm", "True"]
-    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def train_in_one(folder):
+    """Return the weights and the log of one process with the batch of both."""
+    args = test_train.arguments(folder, num_train_epochs=3, optim="sgd", learning_rate=0.1, save_strategy="no")
+    embeds = test_train.aligned_embeds(64)
+    connector, history = test_train.train_connector(test_train.small_config(), embeds, args, log_lines=False)
+    return connector.state_dict(), history
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# `--multi_gpu` is its name for several processes; `--cpu` would start one.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TORCHRUN, ACCELERATE])
+def test_the_script_in_two_processes_trains_as_in_one(tmp_path, launch):
+    done = train_in_two([*launch, "-m", "cmcr_hf.training.train"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights, history = train_in_one(tmp_path / "one")
+    found = CMCRConnector.from_pretrained(tmp_path / "out").state_dict()
+    torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-5)
+    losses = [float(loss) for loss in re.findall(r"\{'loss': '?([\d.]+)", done.stdout)]
+    # Printed with four digits.
+    assert losses == pytest.approx([entry["loss"] for entry in history if "loss" in entry], rel=1e-3)
+
+
+def test_processes_that_would_each_train_alone_are_an_error(tmp_path, monkeypatch):
+    args = test_train.arguments(tmp_path)
+    # What they see of each other where Trainer finds no device for several.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started, expected 1 on cpu: .* Pass --use_cpu"):
+        test_train.train_connector(test_train.small_config(), test_train.aligned_embeds(64), args)
 
 
 @pytest.mark.slow
@@ -126,10 +165,4 @@ def test_a_run_whose_killed_rank_starts_again_ends_with_the_weights_of_an_unbrok
     found = CMCRConnector.from_pretrained(tmp_path / "out").state_dict()
     # It went on: the steps before the checkpoint are not logged again.
     assert len(re.findall(r"'epoch': '?1(?:\.0)?'?\b", done.stdout)) == 1
-    args = test_train.arguments(
-        tmp_path / "one", num_train_epochs=3, optim="sgd", learning_rate=0.1, save_strategy="no"
-    )
-    whole, _ = test_train.train_connector(
-        test_train.small_config(), test_train.aligned_embeds(64), args, log_lines=False
-    )
-    torch.testing.assert_close(found, whole.state_dict(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, train_in_one(tmp_path / "one")[0], rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import Trainer
 from transformers.utils import logging
 
 from cmcr_hf import CMCRConfig, CMCRConnector
@@ -61,6 +62,23 @@ def test_the_defaults_are_the_schedule_of_the_paper(tmp_path):
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-3, 36, 4096)
     assert (args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm) == ("cosine", 0, 0)
     assert args.optim.startswith("adamw_torch")
+
+
+def test_the_optimizer_is_fused_and_steps_as_the_plain_one(tmp_path):
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path))
+    assert kind is torch.optim.AdamW
+    assert options["fused"] is True
+    results = []
+    for fused in (True, False):
+        # The same gradients: those of a bias before BatchNorm are rounding errors, of which AdamW makes whole steps.
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(100, generator=generator))
+        optimizer = kind([weights], **{**options, "fused": fused})
+        for _ in range(5):
+            weights.grad = torch.randn(100, generator=generator)
+            optimizer.step()
+        results.append(weights.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_training_lowers_the_loss_and_connects_held_out_rows(tmp_path):
