@@ -84,19 +84,25 @@ def _fuse(clip: AudioClip, extractor: Any, total: int, frames: int) -> np.ndarra
     size, rest = divmod(total - frames + 1, 3)
     thirds = [size + (third < rest) for third in range(3)]
     starts = [sum(thirds[:third]) + (thirds[third] - 1) // 2 if thirds[third] else 0 for third in range(3)]
-    chunks = [start + np.arange(frames) for start in starts]
     # The whole is shrunken as `torch.nn.functional.interpolate(mode="bilinear")` does it, with its roundings. Without
     # antialiasing, that takes two frames for one, and so a small part of the log-mel of a long clip.
     scale = np.float32(total) / np.float32(frames)
     places = (np.float64(scale) * (np.arange(frames) + 0.5) - 0.5).astype(np.float32).clip(0)
     below = np.minimum(places.astype(np.int64), total - 1)
     above = np.minimum(below + 1, total - 1)
-    needed = np.unique(np.concatenate([below, above, *chunks]))
+    is_needed = np.zeros(total, bool)
+    is_needed[below] = is_needed[above] = True
+    for start in starts:
+        is_needed[start : start + frames] = True
+    needed = np.flatnonzero(is_needed)
     mel = _frames(clip, extractor, needed)
-    low, high, *parts = (mel[np.searchsorted(needed, wanted)] for wanted in (below, above, *chunks))
+    low, high = (mel[np.searchsorted(needed, wanted)] for wanted in (below, above))
     share = (places - below.astype(np.float32)).clip(0, 1)[:, None]
-    shrunk = (share * high).astype(np.float64) + (1 - share).astype(np.float64) * low
-    return np.stack([shrunk.astype(np.float32), *parts])
+    channels = np.empty((4, *low.shape), np.float32)
+    channels[0] = (share * high).astype(np.float64) + (1 - share).astype(np.float64) * low
+    for channel, start in zip(channels[1:], np.searchsorted(needed, starts), strict=True):
+        channel[:] = mel[start : start + frames]
+    return channels
 
 
 def _frames(clip: AudioClip, extractor: Any, needed: np.ndarray) -> np.ndarray:
