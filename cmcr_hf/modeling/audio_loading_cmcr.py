@@ -193,10 +193,11 @@ def _mix_down(samples: np.ndarray) -> np.ndarray:
     if samples.shape[1] == 1:
         return samples[:, 0]
     # Adding column by column is many times faster than numpy's mean over a short last axis.
-    total = samples[:, 0].copy()
-    for channel in range(1, samples.shape[1]):
+    total = samples[:, 0] + samples[:, 1]
+    for channel in range(2, samples.shape[1]):
         total += samples[:, channel]
-    return total / np.float32(samples.shape[1])
+    total /= np.float32(samples.shape[1])
+    return total
 
 
 @contextmanager

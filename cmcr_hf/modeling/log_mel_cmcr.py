@@ -47,7 +47,7 @@ def log_mel(waveform: torch.Tensor, extractor: Any) -> torch.Tensor:
         start = first * hop - size // 2
         stop = start + (some - 1) * hop + size
         if start >= 0 and stop <= samples:
-            stretch[: stop - start] = waveform[start:stop]
+            stretch[: stop - start].copy_(waveform[start:stop])
         else:
             places = torch.arange(start, stop, device=device).abs_()
             stretch[: stop - start] = waveform[samples - 1 - (samples - 1 - places).abs_()]
@@ -55,7 +55,7 @@ def log_mel(waveform: torch.Tensor, extractor: Any) -> torch.Tensor:
         squares.copy_(torch.view_as_real(torch.fft.rfft(frames))[:, low:high]).square_()
         for parts, columns, weights in bands:
             torch.mm(squares.flatten(1)[:, parts], weights, out=sums[:, columns])
-        mel[first : first + some] = sums[:some]
+        mel[first : first + some].copy_(sums[:some])
     return mel.clamp_(min=1e-10).double().log10_().mul_(10).float()
 
 
