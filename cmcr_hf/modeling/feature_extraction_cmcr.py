@@ -147,7 +147,7 @@ def extract_audio(audio: Any, extractor: Any, rate: float | None = None) -> dict
             mel = _log_mel(_pad(waveform, window, extractor.padding), extractor)[None].repeat(
                 4 if fused else 1, axis=0
             )
-    return {"input_features": mel.astype(np.float32), "is_longer": np.array([longer])}
+    return {"input_features": mel.astype(np.float32, copy=False), "is_longer": np.array([longer])}
 
 
 def _log_mel(waveform: np.ndarray, extractor: Any) -> np.ndarray:
