@@ -63,6 +63,9 @@ def load_image(image: Any) -> Any:
             if picture.mode.startswith("I;16"):
                 # `convert` clips, so all but the darkest 16-bit greys would be white.
                 picture = pillow.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode == "RGB" and picture.format in ("JPEG", "PNG") and picture is not image:
+                # Decoded here, and with no other frames to read from the file.
+                return picture
             if picture.mode not in ("I", "F", "La"):
                 return picture.convert("RGB")
     raise ValueError(

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ClapFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .clap_extraction_cmcr import CMCRFeatureExtractor
 from .configuration_ulip import UlipConfig
-from .feature_extraction_cmcr import extract_audio, extract_image
+from .feature_extraction_cmcr import extract_audio, extract_images
 from .foreign_sources_cmcr import foreign_source
+from .loading_cmcr import to_numpy
 from .point_cloud_loading_cmcr import load_point_cloud
 
 # No text has so many but one of blanks, and reading a book through would take a tokenizer seconds.
@@ -38,6 +40,14 @@ class CMCRProcessor(ProcessorMixin):
 
     Preprocessing is deterministic and per item: alone or in any batch, an item gives the same arrays. A part that no
     source of the model needs is `None`.
+
+    Example:
+        Images are prepared by the PIL backend of transformers, with the same pixels on every machine. A processor of
+        its torchvision backend, set as an object, is given a batch at once, and its pixels stay on its device:
+
+        ```python
+        processor.image_processor = AutoImageProcessor.from_pretrained(repo, backend="torchvision", device="cuda")
+        ```
 
     Args:
         image_processor: the CLIP source's.
@@ -94,6 +104,13 @@ class CMCRProcessor(ProcessorMixin):
         if argument is not None:
             return super().check_argument_for_proper_class(argument_name, argument)
         return None
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """Return the class of a part by its name, of an image processor that of the PIL backend."""
+        # transformers loads the second image processor by the name of its torchvision class.
+        pil = getattr(transformers, f"{module_name}Pil", None) if module_name.endswith("ImageProcessor") else None
+        return pil or ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `processor_config.json` holds; a part that is not there is `None` in it, tokenizers too."""
@@ -283,7 +300,9 @@ class CMCRProcessor(ProcessorMixin):
                 raise ValueError("Expected at least one image, got an empty list.")
             # Texts of any space go with images of CLIP.
             image_processor = self._part("image", space if space == "ulip" else None)
-            data.update(_stack([extract_image(item, image_processor) for item in items]))
+            pixels = extract_images(items, image_processor)
+            # Those of a torchvision processor are tensors, on its device.
+            data.update(pixels if return_tensors == "pt" else {name: to_numpy(pixels[name]) for name in pixels})
         if audio is not None:
             clips = _as_list(audio)
             if not clips:
@@ -394,7 +413,8 @@ def _check_kind(source: str | os.PathLike, space: str, arguments: dict[str, Any]
 
 
 def _load_image_processor(source: str | os.PathLike, **kwargs: Any) -> Any:
-    # The PIL backend everywhere: torchvision's pixels differ, and so would the embeddings of two machines.
+    # The PIL backend unless one of torchvision is given as an object: its pixels differ, and so would the embeddings
+    # of two machines.
     return AutoImageProcessor.from_pretrained(source, **{**kwargs, "backend": "pil"})
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soxr
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cmcr_hf.modeling.audio_loading_cmcr import load_audio, open_audio
@@ -226,6 +226,8 @@ def test_constant_samples_stay_constant(value: float, rate: int) -> None:
 
 @given(st.lists(st.floats(width=32), max_size=40), st.sampled_from([RATE, 3000, 44100]), st.integers(1, 3))
 def test_any_floats_give_finite_samples_or_an_error(values: list[float], rate: int, channels: int) -> None:
+    # The shorter axis holds the channels; it would mix different samples down.
+    assume(channels == 1 or len(values) < 2 or len(values) > channels)
     samples = np.tile(np.array(values, np.float32), (channels, 1))
     try:
         waveform = load_audio(samples, RATE, rate)

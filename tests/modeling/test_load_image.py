@@ -4,7 +4,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 import cmcr_hf.modeling.image_loading_cmcr as image_loading
-from cmcr_hf.modeling.feature_extraction_cmcr import extract_image
+from cmcr_hf.modeling.feature_extraction_cmcr import extract_image, extract_images
 from cmcr_hf.modeling.image_loading_cmcr import load_image
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from tests.media import encode_audio, encode_image, noise, peak_growth, picture
@@ -263,6 +263,67 @@ def test_an_image_file_of_more_bytes_than_any_image_takes_is_refused(monkeypatch
 def test_long_images_are_those_of_the_image_processor(processor: CMCRProcessor, size: tuple[int, int]) -> None:
     expected = processor.image_processor(Image.fromarray(picture(*size)), return_tensors="np")["pixel_values"]
     assert np.array_equal(processor(images=picture(*size), return_tensors="np")["pixel_values"], expected)
+
+
+PROCESSORS = {
+    "CLIP": CLIPImageProcessorPil(),
+    "SigLIP": SiglipImageProcessorPil(size={"height": 96, "width": 64}),
+    "bilinear, other mean": CLIPImageProcessorPil(resample=2, image_mean=0.25, image_std=0.5, rescale_factor=1 / 127),
+    "no normalise": CLIPImageProcessorPil(do_normalize=False),
+    "no rescale": CLIPImageProcessorPil(do_rescale=False),
+    "no resize": CLIPImageProcessorPil(do_resize=False, crop_size={"height": 20, "width": 31}),
+    "no crop": CLIPImageProcessorPil(do_center_crop=False, size={"height": 50, "width": 77}),
+    "crop that pads": CLIPImageProcessorPil(crop_size={"height": 300, "width": 300}),
+    "longest edge": CLIPImageProcessorPil(size={"shortest_edge": 60, "longest_edge": 80}, do_center_crop=False),
+    "bytes": CLIPImageProcessorPil(do_rescale=False, do_normalize=False),
+}
+
+
+@pytest.mark.parametrize("size", [(40, 50), (225, 224), (37, 411), (333, 641)])
+@pytest.mark.parametrize("name", list(PROCESSORS))
+def test_pixels_are_bit_equal_to_those_of_the_image_processor(name: str, size: tuple[int, int]) -> None:
+    image, processor = Image.fromarray(picture(*size)), PROCESSORS[name]
+    expected = processor(image, return_tensors="np")["pixel_values"]
+    found = extract_images([image, image.rotate(180)], processor)["pixel_values"]
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found[:1], expected)
+    assert np.array_equal(found[1:], processor(image.rotate(180), return_tensors="np")["pixel_values"])
+
+
+def test_an_image_processor_with_steps_of_its_own_is_called() -> None:
+    class Brighter(CLIPImageProcessorPil):
+        def normalize(self, image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+            return image + image.mean()
+
+    image = Image.fromarray(picture())
+    expected = Brighter()(image, return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(extract_image(image, Brighter())["pixel_values"], expected)
+    assert not np.array_equal(extract_image(image, CLIPImageProcessorPil())["pixel_values"], expected)
+
+
+class TorchvisionLike(CLIPImageProcessorPil):
+    """Calls and results of a processor of the torchvision backend, which lacks here."""
+
+    backend = "torchvision"
+    batches: ClassVar[list[int]] = []
+
+    def __call__(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> Any:
+        assert return_tensors == "pt"
+        self.batches.append(len(images))
+        features = super().__call__(images, return_tensors=return_tensors, **kwargs)
+        return features.__class__({"pixel_values": features["pixel_values"] + 1})
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_an_image_processor_of_torchvision_is_given_all_images_at_once(kind: str) -> None:
+    images = [picture(), picture(64, 32)]
+    theirs = TorchvisionLike()
+    theirs.batches.clear()
+    found = CMCRProcessor(image_processor=theirs)(images=images, return_tensors=kind)["pixel_values"]
+    expected = CMCRProcessor(image_processor=CLIPImageProcessorPil())(images=images)["pixel_values"] + 1
+    assert theirs.batches == [2]
+    assert isinstance(found, torch.Tensor if kind == "pt" else np.ndarray)
+    assert torch.equal(torch.as_tensor(found), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (3, 5001)])

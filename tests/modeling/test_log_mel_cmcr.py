@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import ClapFeatureExtractor
 
-from cmcr_hf.modeling.log_mel_cmcr import BLOCK, log_mel
+from cmcr_hf.modeling.log_mel_cmcr import BAND, BLOCK, log_mel
 
 RATE = 48_000
 
@@ -46,3 +46,14 @@ def test_a_frame_does_not_depend_on_how_many_there_are(frames):
     # Away from the end, which is reflected.
     part = log_mel(clip[: (frames + 2) * extractor.hop_length], extractor)[:frames]
     assert torch.equal(part, whole[:frames])
+
+
+def test_filters_that_were_replaced_count_even_where_a_whole_band_of_them_is_empty():
+    extractor = ClapFeatureExtractor(truncation="fusion")
+    clip = torch.from_numpy(clips()["noise"].astype(np.float32))
+    before = log_mel(clip, extractor)
+    extractor.mel_filters = extractor.mel_filters.copy()
+    extractor.mel_filters[:, :BAND] = 0
+    after = log_mel(clip, extractor)
+    assert (after[:, :BAND] == -100).all()
+    torch.testing.assert_close(after[:, BAND:], before[:, BAND:], rtol=0, atol=1e-5)

@@ -428,6 +428,19 @@ def test_a_loaded_processor_asks_for_the_pil_backend(
     assert image_processor is loaded[0][0]
 
 
+def test_the_second_image_processor_is_of_the_pil_backend_too(
+    processor: CMCRProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfTorchvision(CLIPImageProcessorPil):
+        pass
+
+    monkeypatch.setattr("transformers.CLIPImageProcessor", OfTorchvision, raising=False)
+    CMCRProcessor(ulip_image_processor=CLIPImageProcessorPil(size={"shortest_edge": 24})).save_pretrained(tmp_path)
+    loaded = CMCRProcessor.from_pretrained(tmp_path).ulip_image_processor
+    assert type(loaded) is CLIPImageProcessorPil
+    assert loaded.size == {"shortest_edge": 24}
+
+
 def test_a_loaded_processor_keeps_the_pil_backend_beside_torchvision(processor: CMCRProcessor, tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     processor.save_pretrained(tmp_path)
