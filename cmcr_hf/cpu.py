@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from threading import Barrier
 
 import torch
 
@@ -52,6 +54,25 @@ def products_in(precision: str, cuda: str = "ieee") -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+@contextmanager
+def pool(threads: int, cores: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Start threads in each of which torch computes on so many cores; what it does in others is left as it is."""
+    before = torch.get_num_threads()
+    started = Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(cores)
+        started.wait()
+
+    with ThreadPoolExecutor(threads, initializer=start) as executor:
+        for _ in range(threads):
+            executor.submit(int)
+        started.wait()
+        # Each thread keeps its number, but those to come, and `torch.get_num_threads`, have the last that was set.
+        torch.set_num_threads(before)
+        yield executor
 
 
 @contextmanager

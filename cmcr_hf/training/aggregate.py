@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from threading import Barrier
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..cpu import float32_products, products_in
+from ..cpu import float32_products, pool, products_in
 from .store import EmbeddingStore
 
 # Rows of queries and of memory whose scores are held at once. On a CPU they stay in the cache between the two products
@@ -262,36 +260,17 @@ def _on_cores(cores: int) -> Iterator[Callable[[Callable[[int], None], Iterable[
         yield in_turn
         return
     mode = torch.is_inference_mode_enabled()
-    with _one_core_each(cores) as pool:
+    with pool(cores) as threads:
 
         def at_once(call: Callable[[int], None], numbers: Iterable[int]) -> None:
             def called(number: int) -> None:
                 with torch.inference_mode(mode), torch.no_grad():
                     call(number)
 
-            for _ in pool.map(called, numbers):
+            for _ in threads.map(called, numbers):
                 pass
 
         yield at_once
-
-
-@contextmanager
-def _one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Start threads in which torch uses no further ones."""
-    before = torch.get_num_threads()
-    started = Barrier(threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    with ThreadPoolExecutor(threads, initializer=start) as pool:
-        for _ in range(threads):
-            pool.submit(int)
-        started.wait()
-        # Each thread keeps its number, but those to come, and `torch.get_num_threads`, have the last that was set.
-        torch.set_num_threads(before)
-        yield pool
 
 
 def _shards(source: Tensor | EmbeddingStore | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -375,7 +354,7 @@ def _blocks(
 
 def _read_ahead(blocks: Iterator[Any]) -> Generator[Any, None, None]:
     """Yield blocks while a thread reads the one that comes next."""
-    with _one_core_each(1) as reader:
+    with pool(1) as reader:
         waiting = reader.submit(next, blocks, None)
         while (block := waiting.result()) is not None:
             waiting = reader.submit(next, blocks, None)

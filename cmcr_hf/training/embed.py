@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
+from ..cpu import pool
 from ..durable import sha256
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
@@ -163,9 +164,13 @@ def _encode_groups(
     advance: Callable[[int], None],
 ) -> Generator[_Batch, None, None]:
     """Yield groups of items embedded, in their order, what comes next being read and prepared meanwhile."""
-    # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
-    is_text, device = modality == "text", source.device.type
+    is_text, device, cores = modality == "text", source.device.type, torch.get_num_threads()
+    # On a CPU, the model runs in the threads that read, each on cores of its own. That is faster than one batch at a
+    # time on all of them, which wait for each other at every layer and for the threads that read.
     in_threads = device == "cpu" and not is_text
+    # A tokenizer keeps the settings of a call, which calls at the same time would mix up.
+    most = 1 if is_text else min(cores if in_threads else max((os.cpu_count() or 1) - 1, 1), MAX_WORKERS)
+    threads = most if is_text else workers or most
 
     def prepared(group: _Group) -> _Batch:
         batch = prepare_group(group)
@@ -179,8 +184,8 @@ def _encode_groups(
     source.eval()
     try:
         with (
-            _pool(1 if is_text else workers, share_products=in_threads) as (pool, threads),
-            closing(_ahead(prepared, groups, pool, 2 * threads)) as batches,
+            pool(threads, max(cores // threads, 1)) as executor,
+            closing(_ahead(prepared, groups, executor, 2 * threads)) as batches,
         ):
             for batch in batches:
                 if batch.features is not None:
@@ -194,35 +199,6 @@ def _encode_groups(
                 yield batch
     finally:
         source.train(was_training)
-
-
-@contextmanager
-def _pool(workers: int | None, *, share_products: bool) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Give a pool of threads and their number: by default one a processor, but one that is left to the model.
-
-    Args:
-        share_products: the model runs in these threads, with an equal part of torch's threads for each. On a CPU that
-            is faster than one batch at a time with all threads, which wait for each other at every layer and for the
-            threads that read; and the number of processors has no effect on how a product is rounded.
-    """
-    cores, before = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        torch.get_num_threads(),
-    )
-    if not share_products:
-        threads = workers or min(max(cores - 1, 1), MAX_WORKERS)
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool, threads
-        return
-    threads = workers or min(before, MAX_WORKERS)
-    try:
-        with ThreadPoolExecutor(
-            threads, initializer=torch.set_num_threads, initargs=(max(before // threads, 1),)
-        ) as pool:
-            yield pool, threads
-    finally:
-        # It is the default of new threads too.
-        torch.set_num_threads(before)
 
 
 def _groups(store: EmbeddingStore, parts: Sequence[Part], size: int, share: tuple[int, int]) -> Iterator[_Group]:
@@ -270,13 +246,13 @@ def _groups_of_file(
 
 
 def _ahead(
-    call: Callable[[_Group], _Batch], groups: Iterable[_Group], pool: ThreadPoolExecutor, most: int
+    call: Callable[[_Group], _Batch], groups: Iterable[_Group], executor: ThreadPoolExecutor, most: int
 ) -> Generator[_Batch, None, None]:
-    """Yield `call` of every group, in their order, computed by a pool at most so many groups ahead."""
+    """Yield `call` of every group, in their order, computed by threads at most so many groups ahead."""
     waiting: deque[Future[_Batch]] = deque()
     try:
         for group in groups:
-            waiting.append(pool.submit(call, group))
+            waiting.append(executor.submit(call, group))
             if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from ..durable import LOCK, cache_folder, locked, named_write_errors, sha256, write_durably
 
 HUB_DATASETS = "hf://datasets/"
+# Seconds until the temporary file of another machine must be that of a killed process.
+LEFTOVER_AGE = 3600
 TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -73,7 +77,7 @@ class LocalPlace:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is whole under its name, whoever else writes the same one at the same time."""
-        own = self.folder / f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+        own = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         write_durably(self.folder / name, data, own)
 
     def remove(self, name: str) -> None:
@@ -83,7 +87,7 @@ class LocalPlace:
     def remove_leftovers(self) -> None:
         """Remove what killed writers left; called when nobody has anything to write any more."""
         for entry in os.scandir(self.folder):
-            if TEMPORARY.fullmatch(entry.name):
+            if TEMPORARY.fullmatch(entry.name) and not _is_written(Path(entry)):
                 Path(entry).unlink(missing_ok=True)
 
     def locked(self) -> AbstractContextManager[None]:
@@ -210,6 +214,24 @@ class RemotePlace:
             raise OSError(
                 f"Cannot reach {self._address}: {reason}. Check the address, the access and the network."
             ) from error
+
+
+def _is_written(temporary: Path) -> bool:
+    """Return whether a process that still runs may have a temporary file open, as far as can be told from here."""
+    named = re.fullmatch(r".+\.(\d+)\.tmp", temporary.name)
+    if named is None or int(named[1]) == os.getpid():
+        return False
+    if f".{socket.gethostname()}.{named[1]}.tmp" not in temporary.name or sys.platform == "win32":
+        with suppress(FileNotFoundError):
+            return time.time() - temporary.stat().st_mtime < LEFTOVER_AGE
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def pinned_address(address: str) -> str:

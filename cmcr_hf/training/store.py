@@ -210,8 +210,11 @@ class EmbeddingStore:
 
     def written(self, number: Number) -> Receipt | None:
         """Return the receipt of a shard, None where it is not written yet."""
-        name = shard_names(number)[2]
-        return Receipt.parse(self.place.read(name), number, self._description.digest) if self.place.has(name) else None
+        try:
+            content = self.place.read(shard_names(number)[2])
+        except FileNotFoundError:
+            return None
+        return Receipt.parse(content, number, self._description.digest)
 
     def write(
         self,

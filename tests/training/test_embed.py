@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pyarrow as pa
@@ -329,6 +330,8 @@ def test_processes_that_share_a_folder_and_are_killed_end_with_the_bytes_of_one(
                 embedding.encode_features = killing
             run(clip, processor, items, tmp_path / "shared", strict=False, workers=1, share=(rank, ranks))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
 

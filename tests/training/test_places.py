@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 
 import fsspec
 import pytest
@@ -71,6 +72,18 @@ def test_a_path_is_a_folder_and_an_address_is_none(tmp_path):
     assert place(f"file://{tmp_path}").folder == tmp_path
     assert isinstance(place("memory://store"), RemotePlace)
     assert isinstance(place("store"), LocalPlace)
+
+
+def test_a_finished_store_keeps_no_leftovers_but_those_of_processes_that_may_still_write(tmp_path):
+    host = socket.gethostname()
+    old, new, alive = ".shard-00000.json.elsewhere.7.tmp", ".shard-00000.json.elsewhere.8.tmp", os.getppid()
+    names = [f".manifest.json.{host}.{os.getpid()}.tmp", f".manifest.json.{host}.{alive}.tmp", old, new, ".odd.tmp"]
+    write_store(tmp_path, stop=3)
+    for name in names:
+        (tmp_path / name).write_bytes(b"torn")
+    os.utime(tmp_path / old, (0, 0))
+    write_store(tmp_path).finish()
+    assert [name for name in names if (tmp_path / name).exists()] == [names[1], new]
 
 
 def test_an_address_of_no_file_system_is_named():
