@@ -15,9 +15,8 @@ from .store import EmbeddingStore
 
 # A multiple of all query blocks, so that what is held at once, and by whom, changes no bit.
 PSEUDO_SHARD_ROWS = 8192
-# For 2.3 M texts of 512 over a memory: nine walks of it on a CPU, where a walk takes minutes to hours and an
-# interruption loses one.
-CPU_BUDGET = 2**30
+# 65,536 queries of 512: reading the memory anew for each walk costs a hundredth of it, and an interruption loses one.
+CPU_BUDGET = 2**28
 
 
 def aggregate_stores(
@@ -44,7 +43,7 @@ def aggregate_stores(
         folder: path, or an address of fsspec.
         values: another store of the items of the memory, whose average is taken under the weights of the memory.
         dtype: as for [`aggregate`].
-        budget: bytes of queries and results that are held at once, 1 GiB on a CPU and a quarter of what is free on a
+        budget: bytes of queries and results that are held at once, 256 MiB on a CPU and a quarter of what is free on a
             GPU by default; a shard of `PSEUDO_SHARD_ROWS` at least.
         progress: by default, where the work is worth a bar.
         share: of this process, from 0, and their number.
