@@ -364,9 +364,9 @@ def bound(costs: dict[str, float], device: str) -> float:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", action="append", choices=KINDS, help="measure these alone")
-    parser.add_argument("--texts", type=int, default=512, help="captions")
-    parser.add_argument("--images", type=int, default=160, help="JPEGs")
-    parser.add_argument("--clips", type=int, default=40, help="FLACs of each length")
+    parser.add_argument("--texts", type=int, default=256, help="captions")
+    parser.add_argument("--images", type=int, default=128, help="JPEGs")
+    parser.add_argument("--clips", type=int, default=32, help="FLACs of each length")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contender")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     add_sources_option(parser)
