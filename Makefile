@@ -34,8 +34,8 @@ format: .venv/.installed ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix-only $(FOLDERS)
 	$(BIN)/ruff format $(FOLDERS)
 
-bench: .venv/.installed ## measure speed and quality
-	$(BIN)/python -m benchmarks
+bench: .venv/.installed ## measure speed against peers and floors; the tables are kept in runs/benchmarks
+	$(BIN)/python -m benchmarks --output runs/benchmarks
 
 wheel: .venv/.installed ## build the sdist, and from it the wheel, into dist/
 	$(BIN)/python -m build --no-isolation

@@ -1,1 +1,4 @@
-"""Speed against peers: one module a table, ratios of one run on one machine. `python -m benchmarks` runs them all."""
+"""Speed against peers and floors: one module a table, ratios of one run on one machine."""
+
+# Before transformers, which cannot be imported beside a torchvision that this has yet to repair.
+import cmcr_hf  # noqa: F401

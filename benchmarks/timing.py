@@ -11,17 +11,18 @@ from collections.abc import Callable
 import torch
 
 
-def machine() -> str:
-    """Describe the machine in a line: processor, cores in use, torch."""
+def machine(device: str = "cpu") -> str:
+    """Describe the machine in a line: processor, cores in use, torch, and the GPU where that is measured."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    return f"{gpu}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def alternate(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each contender over rounds of one turn each, after a round that is not counted."""
+def turns(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each contender in rounds of one turn each, after a round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, run in contenders.items():
@@ -29,4 +30,9 @@ def alternate(contenders: dict[str, Callable[[], object]], repeats: int) -> dict
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def alternate(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each contender over the rounds of [`turns`]."""
+    return {name: statistics.median(values) for name, values in turns(contenders, repeats).items()}
