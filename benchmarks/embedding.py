@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -123,9 +123,7 @@ class Contender:
         self.kind, self.modality, self.folder = kind, modality_of(kind), folder
         self.values, self.device = read_items(folder, kind), device
         self.batch = (BATCH if device == "cpu" else GPU_BATCH)[self.modality]
-        self._stack = ExitStack()
-        if name in ("tuned", "bfloat16") and device == "cpu":
-            self._stack.enter_context(tuned_cpu())
+        self._set_cpu = tuned_cpu if name in ("tuned", "bfloat16") and device == "cpu" else nullcontext
         space = "clap" if self.modality == "audio" else "clip"
         if name == "official":
             self._embed_batch = OFFICIAL_STEPS[self.modality](device)
@@ -148,7 +146,8 @@ class Contender:
     def embed_first(self, number: int) -> None:
         """Embed the first so many items."""
         if not self._is_loop:
-            self._run_embed(number)
+            with self._set_cpu():
+                self._run_embed(number)
             return
         with torch.inference_mode():
             for first in range(0, number, self.batch):
@@ -180,7 +179,7 @@ class Contender:
         threads = torch.get_num_threads()
         some = self.values[:SAMPLED]
         batches = [self._prepare(values) for values in self._batches()]
-        with _timed() as model:
+        with self._set_cpu(), _timed() as model:
             for batch in batches:
                 encode_features(self.model, self.modality, batch).cpu()
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
