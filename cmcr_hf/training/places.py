@@ -146,6 +146,12 @@ class RemotePlace:
             data: bytes = self._files.cat_file(f"{self._base}/{name}")
         return data
 
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None where that is not told; FileNotFoundError where there is none."""
+        with self._named_errors():
+            size: int | None = self._files.size(f"{self._base}/{name}")
+        return size
+
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return what those files hold that are there, fetched at the same time where the file system can."""
         with self._named_errors():

@@ -44,10 +44,12 @@ class DataSpec:
             address such as `hf://datasets/OWNER/NAME/FOLDER`, whose files are fetched one by one.
         pattern: glob below the folder; all files of the modality's usual formats where it is missing.
         table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
-            are the texts); UTF-8. Quotation marks have a meaning in .csv alone.
+            are the texts); UTF-8. Quotation marks have a meaning in .csv alone. Relative to the data root, or an
+            address such as `s3://BUCKET/captions.csv`.
         column: column or columns of the table or data set that hold the texts or the file names; a table's first where
             it is missing. Empty cells are passed over.
-        files: folder that the file names of a table are relative to; the table's own where it is missing.
+        files: folder that the file names of a table are relative to, or an address, whose files are fetched one by
+            one; the table's own where it is missing.
         dataset: Hub data set id or local folder for `datasets.load_dataset`, streamed.
         config, split, revision: of the data set; `train` is the default split.
         data_files: glob of its files, where they are not all wanted; or, behind `dataset: csv` and its like,

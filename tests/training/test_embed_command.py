@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +75,24 @@ def test_a_table_of_texts_becomes_a_store(tiny_clap, tmp_path):
     assert run("--data", tmp_path / "texts.csv", *options) == 0
     store = EmbeddingStore.open(tmp_path / "store")
     assert (store.rows, store.dim, store.space, store.modality) == (2, 16, "clap", "text")
+
+
+def test_a_table_and_its_pictures_behind_addresses_become_a_store(pictures, tiny_clip, tmp_path):
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/photos/list.csv", b"file\n3.png\ngone.png\n0.png\n")
+    for row in (0, 3):
+        files.pipe_file(f"/photos/{row}.png", (pictures / f"{row}.png").read_bytes())
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image"]
+    try:
+        assert run("--data", "memory://photos/list.csv", *options, "--output", tmp_path / "there") == 0
+    finally:
+        files.rm("/photos", recursive=True)
+    (pictures / "list.csv").write_text("file\n3.png\n0.png\n")
+    assert run("--data", pictures / "list.csv", *options, "--output", tmp_path / "here") == 0
+    there, here = (EmbeddingStore.open(tmp_path / name) for name in ("there", "here"))
+    assert there.keys() == here.keys() == ["3.png", "0.png"]
+    torch.testing.assert_close(there.tensor(), here.tensor(), atol=1e-6, rtol=0)
+    assert "There is no file memory://photos/gone.png" in (tmp_path / "there" / "rejects.jsonl").read_text()
 
 
 def test_webdataset_tars_become_a_store(pictures, tiny_clip, tmp_path):
