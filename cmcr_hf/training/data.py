@@ -216,7 +216,7 @@ class _Stream:
         self._classes = {
             name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
         }
-        described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note")}
+        described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note", "stores")}
         self.fingerprint = json.dumps([described, version])
 
     def _check_columns(self, known: Sequence[str]) -> None:

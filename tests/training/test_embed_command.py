@@ -13,6 +13,7 @@ from PIL import Image
 
 from cmcr_hf.cli import main
 from cmcr_hf.training.store import EmbeddingStore
+from tests.hub_server import READER
 
 
 def run(*arguments):
@@ -123,6 +124,47 @@ def test_a_source_that_lacks_the_modality_is_named(pictures, tiny_clap, tmp_path
     options = ["--source", tiny_clap, "--space", "clap", "--modality", "image", "--output", tmp_path / "store"]
     assert run("--data", pictures, *options) == 1
     assert "is a ClapModel, which embeds no image" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def commits_of(hub):
+    return [request for request in hub.requests if request.startswith("POST") and "/commit/" in request]
+
+
+@pytest.mark.parametrize("share", ["0/1", "1/2"])
+def test_the_process_that_completes_a_store_pushes_it(hub, pictures, tiny_clip, tmp_path, capsys, share):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    options += ["--data", pictures, "--push", "org/pictures", "--licence", "cc0-1.0", "--private"]
+    assert run(*options, "--share", share) == 0
+    repository = hub.repositories["datasets/org/pictures"]
+    assert repository.hidden
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/datasets/org/pictures/commit/{repository.head}"
+    assert b"license: cc0-1.0" in repository.files["README.md"]
+    assert str(tiny_clip.parent).encode() not in repository.files["README.md"]
+    # The others find it complete.
+    assert len(commits_of(hub)) == 1
+    assert run(*options, "--share", "2/3") == 0
+    assert len(commits_of(hub)) == 1
+    # And the first of them goes on where a push broke.
+    del hub.repositories["datasets/org/pictures"]
+    assert run(*options, "--share", "0/3") == 0
+    assert torch.equal(
+        EmbeddingStore.open("hf://datasets/org/pictures").tensor(), EmbeddingStore.open(tmp_path / "store").tensor()
+    )
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_work(hub, pictures, tiny_clip, tmp_path, monkeypatch, capsys):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    options += ["--data", pictures]
+    assert run(*options, "--push", "org/a b") == 1
+    assert "Expected a repository as ORG/NAME" in capsys.readouterr().err
+    assert run(*options, "--push", "org/pictures", "--licence", "My Own") == 1
+    assert "Expected a licence of lower-case letters" in capsys.readouterr().err
+    assert run(*options, "--private") == 1
+    assert "Name the data set with --push ORG/NAME" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert run(*options, "--push", "org/pictures") == 1
+    assert "Your token may read alone" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
