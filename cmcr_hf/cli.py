@@ -163,7 +163,7 @@ of shares too.""",
     parser.add_argument(
         "--data",
         required=True,
-        help="a folder of files; a table (.csv, .tsv, .jsonl, .parquet, .txt, .json); an address such as "
+        help="a folder of files; a table (.csv, .tsv, .jsonl, .parquet, .txt, .json); the address of either, such as "
         "hf://datasets/OWNER/NAME/FOLDER; or a data set, its Hub id or, with --column, its folder (of WebDataset tars "
         "too)",
     )
@@ -176,7 +176,7 @@ of shares too.""",
     parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
     parser.add_argument("--config", help="of a data set")
     parser.add_argument("--pattern", help="glob below a folder (default: all files of the usual formats)")
-    parser.add_argument("--files", help="folder that a table's file names are relative to (default: the table's)")
+    parser.add_argument("--files", help="folder or address of a table's files (default: the table's own)")
     parser.add_argument("--template", help='text around each text, such as "a photo of a {}"')
     parser.add_argument("--limit", type=_positive, help="take so many items at most")
     parser.add_argument("--revision", help="of the source on the Hub")

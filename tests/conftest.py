@@ -54,8 +54,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         monkeypatch.setenv("HF_TOKEN", WRITER)
         # That of transformers keeps the address that it first had.
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        huggingface_hub.HfFileSystem.clear_instance_cache()
         huggingface_hub.close_session()
         yield hub
+        huggingface_hub.HfFileSystem.clear_instance_cache()
         huggingface_hub.close_session()
 
 

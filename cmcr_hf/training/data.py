@@ -141,7 +141,8 @@ class _Listed:
 
     def cut(self, limit: int | None) -> None:
         """Keep so many of the items, from the start."""
-        self.keys, self.names, self.labels = self.keys[:limit], self.names[:limit], self.labels[:limit]
+        if limit is not None:
+            self.keys, self.names, self.labels = self.keys[:limit], self.names[:limit], self.labels[:limit]
 
 
 def _list_address(spec: DataSpec, modality: str) -> _Listed:
@@ -318,7 +319,7 @@ def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | 
         place = _below(root, str(spec.folder or spec.table))
         raise ValueError(f"There are no {modality} items in {place}. Check the path, pattern, column and where.")
     digest = hashlib.sha256()
-    # Without a Path for each, as many of which fill the table of interned strings.
+    # Without a Path for each: pathlib interns the parts of their names, in a table that does not shrink.
     for key, name, label in zip(listed.keys, listed.names, listed.labels or itertools.repeat(None), strict=False):
         content: Any = name
         if isinstance(listed.folder, Path):

@@ -603,6 +603,20 @@ def test_a_table_at_an_address_that_is_missing_or_too_large_is_named(bucket, tmp
         texts(tmp_path, table=f"{bucket}/captions.csv")
 
 
+def test_a_table_on_the_hub_and_its_files_are_those_of_one_commit(hub, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "captions.csv").write_text("text,file\na dog,dog.png\n")
+    (tmp_path / "set" / "dog.png").write_bytes(b"dog")
+    commit = hub.add("datasets/org/set", tmp_path / "set")
+    items = Items([DataSpec(table="hf://datasets/org/set/captions.csv", column="file")], "image", tmp_path)
+    (tmp_path / "set" / "dog.png").write_bytes(b"another")
+    hub.add("datasets/org/set", tmp_path / "set")
+    (item,) = items
+    assert item.value.path == f"hf://datasets/org/set@{commit}/dog.png"
+    assert item.value.fetch() == b"dog"
+    assert next(iter(texts(tmp_path, table="hf://datasets/org/set/captions.csv"))).key == "captions.csv/0/text"
+
+
 def test_the_names_of_many_files_take_little_memory(tmp_path):
     rows = 20_000
     lines = "".join(f"{row // 1000:04d}/{row:09d}.jpg\n" for row in range(rows))
