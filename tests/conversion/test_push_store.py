@@ -106,9 +106,9 @@ def test_an_unknown_licence_is_refused_before_anything_else(hub, folder):
 
 
 def test_what_paths_tell_of_a_machine_is_not_pushed(hub, tmp_path):
-    keys = [f"/home/me/my photos/{kind}/{row}.png" for row, kind in enumerate("aaabbcc")]
-    reject = {"key": "/home/me/my photos/d/9.png", "reason": "Cannot read image /home/me/my photos/d/9.png: truncated"}
-    source = {**SOURCE, "id": "/home/me/weights/630k.pt", "revision": "0" * 64}
+    keys = [f"/srv/me/my photos/{kind}/{row}.png" for row, kind in enumerate("aaabbcc")]
+    reject = {"key": "/srv/me/my photos/d/9.png", "reason": "Cannot read image /srv/me/my photos/d/9.png: truncated"}
+    source = {**SOURCE, "id": "/srv/me/weights/630k.pt", "revision": "0" * 64}
     write_store(tmp_path / "photos", keys, source, [reject])
     push_store(tmp_path / "photos", NAME)
     assert b"me/" not in b"".join(content for name, content in files(hub).items() if not name.endswith("tensors"))
@@ -125,7 +125,7 @@ def test_what_paths_tell_of_a_machine_is_not_pushed(hub, tmp_path):
 
 
 def test_keys_from_all_over_a_machine_keep_their_last_folder(hub, tmp_path):
-    keys = ["/home/me/a/0.png", "/data/b/1.png", *KEYS[2:]]
+    keys = ["/srv/me/a/0.png", "/data/b/1.png", *KEYS[2:]]
     write_store(tmp_path / "photos", keys)
     push_store(tmp_path / "photos", NAME)
     assert EmbeddingStore.open(ADDRESS).keys() == ["a/0.png", "b/1.png", *KEYS[2:]]
@@ -134,9 +134,9 @@ def test_keys_from_all_over_a_machine_keep_their_last_folder(hub, tmp_path):
 @pytest.mark.parametrize(
     ("text", "public"),
     [
-        ("'/home/me/x y/a.png' is no image", "'a.png' is no image"),
+        ("'/srv/me/x y/a.png' is no image", "'a.png' is no image"),
         ("C:\\Users\\me\\a.png: truncated", "a.png: truncated"),
-        ("file:///home/me/a.png", "a.png"),
+        ("file:///srv/me/a.png", "a.png"),
         ("s3://bucket/photos/a.png and/or photos/a.png", "s3://bucket/photos/a.png and/or photos/a.png"),
     ],
 )
