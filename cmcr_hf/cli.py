@@ -205,7 +205,7 @@ of shares too.""",
     parser.add_argument(
         "--data",
         required=True,
-        help="a folder of files; a table (.csv, .tsv, .jsonl, .parquet, .txt, .json); an address such as "
+        help="a folder of files; a table (.csv, .tsv, .jsonl, .parquet, .txt, .json); the address of either, such as "
         "hf://datasets/OWNER/NAME/FOLDER; or a data set, its Hub id or, with --column, its folder (of WebDataset tars "
         "too)",
     )
@@ -218,7 +218,7 @@ of shares too.""",
     parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
     parser.add_argument("--config", help="of a data set")
     parser.add_argument("--pattern", help="glob below a folder (default: all files of the usual formats)")
-    parser.add_argument("--files", help="folder that a table's file names are relative to (default: the table's)")
+    parser.add_argument("--files", help="folder or address of a table's files (default: the table's own)")
     parser.add_argument("--template", help='text around each text, such as "a photo of a {}"')
     parser.add_argument("--limit", type=_positive, help="take so many items at most")
     parser.add_argument("--revision", help="of the source on the Hub")
@@ -233,6 +233,10 @@ of shares too.""",
         "--workers", type=_positive, help="threads that read and prepare (default: all processors but one, 16 at most)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first item that cannot be read")
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="also publish the complete store on the Hub as a data set, in one commit"
+    )
+    _add_publishing_options(parser)
     _add_batch_size(parser)
     _add_sharing_options(parser, "embed")
     parser.set_defaults(run=_embed)
@@ -241,15 +245,24 @@ of shares too.""",
 def _embed(arguments: argparse.Namespace) -> None:
     import torch
 
+    from .conversion.hub import check_licence
+    from .conversion.push import check_target
+    from .conversion.push_store import push_store
     from .training.embed_command import data_entry, embed_data
 
     _check_output(arguments.output)
+    if arguments.push is not None:
+        # What is wrong with it is not to be found behind the work.
+        check_licence(arguments.licence)
+        check_target(arguments.push)
+    elif arguments.private or arguments.licence:
+        raise ValueError("--private and --licence are of what is pushed. Name the data set with --push ORG/NAME.")
     names = ("column", "split", "config", "pattern", "files", "template", "limit")
     # The defaults of an entry are those of what it is made of: a folder has no split.
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) not in (None, "train")}
     share, device = _shared(arguments)
     with _tuned(device, quiet=share[0] > 0):
-        embed_data(
+        store = embed_data(
             arguments.source,
             arguments.space,
             arguments.modality,
@@ -263,6 +276,19 @@ def _embed(arguments: argparse.Namespace) -> None:
             strict=arguments.strict,
             share=share,
         )
+    # One of several processes, also where a run comes to a store that was complete before.
+    if arguments.push and (store.completed_here or (store.found_complete and share[0] == 0)):
+        commit = push_store(
+            arguments.output, arguments.push, private=arguments.private or None, licence=arguments.licence
+        )
+        print(commit.commit_url)
+
+
+def _add_publishing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", help="create the repository private")
+    parser.add_argument(
+        "--licence", metavar="ID", help="of the embeddings, for the card, as the Hub names it (default: not stated)"
+    )
 
 
 def _add_aggregate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -688,25 +714,33 @@ def _typed() -> Iterator[str]:
 def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "push",
-        help="put a model folder on the Hub, in one commit",
+        help="put a model folder or a store of embeddings on the Hub, in one commit",
         description="Check that a model folder is complete, card included, and make a repository of the Hub hold it "
         "and nothing else, in one commit. A repository that is missing is created. Pushing the connector alone takes "
-        "sources that are on the Hub; the full model carries its own. Log in first: hf auth login",
-        epilog="Example: cmcr push runs/mine/connector ORG/cmcr-mine",
+        "sources that are on the Hub; the full model carries its own. A store of `cmcr embed` becomes a data set, "
+        "with which others connect its space without the raw data. Log in first: hf auth login",
+        epilog="Examples: cmcr push runs/mine/connector ORG/cmcr-mine, cmcr push stores/photos ORG/photos-clip",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to push, such as OUTPUT/connector")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="what to push, such as OUTPUT/connector, or the address of a store"
+    )
     parser.add_argument("repo_id", metavar="ORG/NAME", help="repository of the Hub, or its NAME in your own namespace")
-    parser.add_argument("--private", action="store_true", help="create the repository private")
+    _add_publishing_options(parser)
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     parser.set_defaults(run=_push)
 
 
 def _push(arguments: argparse.Namespace) -> None:
     from .conversion.push import push_folder
+    from .conversion.push_store import is_store, push_store
 
-    commit = push_folder(
-        arguments.folder, arguments.repo_id, private=arguments.private or None, revision=arguments.revision
-    )
+    options = {"private": arguments.private or None, "revision": arguments.revision}
+    if is_store(arguments.folder):
+        commit = push_store(arguments.folder, arguments.repo_id, licence=arguments.licence, **options)
+    elif arguments.licence is not None:
+        raise ValueError(f"The licence of the model in {arguments.folder} stands in its card. Leave --licence out.")
+    else:
+        commit = push_folder(arguments.folder, arguments.repo_id, **options)
     print(commit.commit_url)
 
 

@@ -39,7 +39,8 @@ from .pages.report import write_report
 from .training.aggregate_stores import aggregate_stores
 from .training.data import Item, Items
 from .training.embed import embed, source_record
-from .training.places import HUB_DATASETS
+from .training.manifest import SHA256
+from .training.places import HUB_ADDRESS, is_address
 from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore
 from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector
@@ -57,6 +58,7 @@ class Connection:
         sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
         media: behind the rows of the sets, by modality; the value of what is neither a file nor a text is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
+        banks: the embeddings of the overlap modality in each space.
     """
 
     recipe: Recipe
@@ -66,13 +68,12 @@ class Connection:
     media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
     data: list[dict[str, Any]]
+    banks: dict[str, EmbeddingStore]
 
     def training_embeds(self) -> dict[str, torch.Tensor]:
         """Return the row-aligned embeddings of the training: `{"{space}_{modality}": (overlap items, dim)}`."""
-        leaves, overlap = self.recipe.leaves, self.recipe.overlap
-        names = [f"stores/{space}-{overlap}" for space in leaves]
-        names += [f"pseudo/{space}-{modality}" for space, modality in leaves.items()]
-        stores = [EmbeddingStore.open(self.folder / name) for name in names]
+        names = [f"pseudo/{space}-{modality}" for space, modality in self.recipe.leaves.items()]
+        stores = [*self.banks.values(), *(EmbeddingStore.open(self.folder / name) for name in names)]
         return {f"{store.space}_{store.modality}": store.tensor() for store in stores}
 
     def write_report(
@@ -141,11 +142,16 @@ def connect(
     check_output(folder, recipe)
     # All data and classes first: what is wrong with them should not be found behind hours of work.
     overlap, leaves = recipe.overlap, recipe.leaves
+    specs = {modality: getattr(recipe, modality) for modality in (overlap, *leaves.values())}
     data = {
-        modality: Items(getattr(recipe, modality), modality, data_root) for modality in (overlap, *leaves.values())
+        modality: Items(entries, modality, data_root)
+        for modality, entries in specs.items()
+        if all(spec.has_items for spec in entries)
     }
+    given = _open_stores(recipe, data_root)
+    _check_rows(given, data)
     held_back, media = _held_back(recipe, data_root)
-    _check_training(recipe, len(data[overlap]))
+    _check_training(recipe, _row_count(overlap, data, given))
     sources = recipe.sources
     report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in leaves))
     model = _load_sources(recipe)
@@ -165,6 +171,16 @@ def connect(
         space: source_record(record["id"], record["revision"], model.sources[space])
         for space, record in (model.config.sources or {}).items()
     }
+    dims = {space: projector["input_dim"] for space, projector in (model.config.projectors or {}).items()}
+    for (space, _), store in given.items():
+        _check_store(store, sources[space].id, records[space], dims[space])
+
+    def trained_on(space: str, modality: str) -> EmbeddingStore:
+        store = given.get((space, modality))
+        if store is None:
+            return embedded(space, data[modality])
+        report(f"{space}-{modality}: given, {store.rows} rows of {store.dim} in {store.folder}")
+        return store
 
     def embedded(space: str, items: Items, prefix: str = "", role: str | None = None) -> EmbeddingStore:
         name = f"{prefix}{space}-{role or items.modality}"
@@ -176,7 +192,7 @@ def connect(
                 folder / "stores" / name,
                 space=space,
                 record=records[space],
-                dim=(model.config.projectors or {})[space]["input_dim"],
+                dim=dims[space],
                 batch_size=batch_size,
             )
             done(f"{store.rows} rows of {store.dim} in {store.folder}")
@@ -193,10 +209,13 @@ def connect(
     with locked(folder), named_write_errors(folder):
         banks: dict[str, EmbeddingStore] = {}
         for space in leaves:
-            banks[space] = embedded(space, data[overlap])
+            banks[space] = trained_on(space, overlap)
             # A streamed data set tells its number of items only now.
             _check_training(recipe, banks[space].rows)
-        memories = {space: embedded(space, data[modality]) for space, modality in leaves.items()}
+        if given:
+            # Known of streamed items only now.
+            _check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
+        memories = {space: trained_on(space, modality) for space, modality in leaves.items()}
         stores = [*banks.values(), *(aggregated(banks[space], memories[space]) for space in leaves)]
         trained = _train(recipe, model.config, stores, folder / "train", device, report)
         model.connector.load_state_dict(trained.state_dict())
@@ -237,9 +256,9 @@ def connect(
                 counts = [f"{len(media[modality])} {_NOUNS[modality]}" for modality in (leaves[other], *galleries)]
                 done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
-        entries = _entries(recipe, data, data_root)
+        entries = _entries(recipe, data, given, data_root)
         write_cards(folder, _card(recipe, model.config, entries, table, command), report)
-        connection = Connection(recipe, folder, model, sets, media, table, entries)
+        connection = Connection(recipe, folder, model, sets, media, table, entries, banks)
         if table is not None:
             with _stage("report", report) as done:
                 done(str(connection.write_report(table, command=command)))
@@ -304,18 +323,100 @@ def _command(recipe: Recipe) -> str | None:
     return f"cmcr connect {recipe.name}" if ours else None
 
 
-def _entries(recipe: Recipe, data: dict[str, Items], data_root: Path) -> list[dict[str, Any]]:
-    """Describe the training data of a recipe for a reader, entry by entry."""
+def _open_stores(recipe: Recipe, data_root: Path) -> dict[tuple[str, str], EmbeddingStore]:
+    """Open the stores that a recipe names, by space and modality, and check what they say of themselves."""
+    given = {}
+    for modality in (recipe.overlap, *recipe.leaves.values()):
+        for space, name in (getattr(recipe, modality)[0].stores or {}).items():
+            store = EmbeddingStore.open(name if is_address(name) else data_root / name)
+            if (store.space, store.modality) != (space, modality):
+                raise ValueError(
+                    f"The store {name} holds {store.modality} in the space of {store.space}, expected {modality} in "
+                    f"that of {space}. Correct {modality}[0].stores in the recipe."
+                )
+            given[space, modality] = store
+    return given
+
+
+def _row_count(modality: str, data: dict[str, Items], given: dict[tuple[str, str], EmbeddingStore]) -> int:
+    """Return the number of items of a modality, 0 where it is not known yet."""
+    stores = [store for (_, found), store in given.items() if found == modality]
+    return stores[0].rows if stores else len(data[modality])
+
+
+def _check_rows(given: dict[tuple[str, str], EmbeddingStore], data: dict[str, Items]) -> None:
+    """Check that the stores of a modality, and its items where they are listed, are of the same items in order."""
+    first: dict[str, EmbeddingStore] = {}
+    for (_, modality), store in given.items():
+        items = data.get(modality)
+        if modality in first:
+            _check_same_keys(*((str(part.folder), part.keys()) for part in (first[modality], store)))
+        elif items is not None and len(items):
+            _check_same_keys((str(store.folder), store.keys()), ("the items", [item.key for item in items]))
+        first.setdefault(modality, store)
+
+
+def _check_same_keys(here: tuple[str, list[str]], there: tuple[str, list[str]]) -> None:
+    """Check that two lists of keys, each with the name of what has them, are equal."""
+    (name, keys), (other, others) = here, there
+    remedy = "Embed the same items in the same order for both."
+    for row, (key, found) in enumerate(zip(keys, others, strict=False)):
+        if key != found:
+            raise ValueError(f"Row {row} of {name} is {key!r}, and of {other} {found!r}. {remedy}")
+    if len(keys) != len(others):
+        raise ValueError(f"{name} has {len(keys)} rows, and {other} {len(others)}. {remedy}")
+
+
+def _check_store(store: EmbeddingStore, identity: str, record: dict[str, str], dim: int) -> None:
+    """Check that a store was made by a source, as far as their records can be compared."""
+    if store.dim != dim:
+        differing = f"{store.dim} dimensions, and the source {dim}"
+    elif differing_fields := _differing(store.source, record):
+        differing = f"the {' and the '.join(differing_fields)}"
+    else:
+        return
+    raise ValueError(
+        f"The store {store.folder} was not made by the {store.space} source {_shown(identity)!r}: it has {differing}. "
+        f"Name {store.source['id']!r} at revision {store.source['revision']} as source, or make the store anew."
+    )
+
+
+def _differing(there: dict[str, str], here: dict[str, str]) -> list[str]:
+    """Return what tells the record of a source in a store from another one, as a sentence has it."""
+    found = []
+    folders = [bool(SHA256.fullmatch(record["revision"])) for record in (there, here)]
+    names = [record["id"] for record in (there, here)]
+    if any(folders):
+        # A folder is known by what it holds; its name may be that of the model whose copy it is.
+        names = [Path(name).name for name in names]
+    if names[0] != names[1] and not all(folders):
+        found.append(f"id {names[0]!r} and not {names[1]!r}")
+    revisions = [record["revision"] for record in (there, here)]
+    if folders[0] == folders[1] and "main" not in revisions and revisions[0] != revisions[1]:
+        found.append(f"revision {revisions[0][:12]} and not {revisions[1][:12]}")
+    if there["config_hash"] != here["config_hash"]:
+        found.append(f"config_hash {there['config_hash'][:12]} and not {here['config_hash'][:12]}")
+    return found
+
+
+def _entries(
+    recipe: Recipe, data: dict[str, Items], given: dict[tuple[str, str], EmbeddingStore], data_root: Path
+) -> list[dict[str, Any]]:
+    """Describe the training data of a recipe for a reader, entry by entry, and store by store."""
     roles = {recipe.overlap: f"the {_NOUNS[recipe.overlap]} that connect"}
     roles |= {modality: f"{modality.replace('_', ' ')} memory" for modality in recipe.leaves.values()}
-    return [
-        {
-            **_entry(spec, role, len(data[modality]) if len(getattr(recipe, modality)) == 1 else spec.limit),
-            "dataset": _hub_data_set(spec, data_root),
-        }
-        for modality, role in roles.items()
-        for spec in getattr(recipe, modality)
-    ]
+    entries = []
+    for modality, role in roles.items():
+        specs = getattr(recipe, modality)
+        for spec in specs:
+            if spec.has_items:
+                entry = _entry(spec, role, len(data[modality]) if len(specs) == 1 else spec.limit)
+                entries.append({**entry, "dataset": _hub_data_set(spec, data_root)})
+            for space, name in (spec.stores or {}).items():
+                entry = {"name": _shown(name), "role": f"{role}, embedded by the {space.upper()} source"}
+                entry |= {"rows": given[space, modality].rows, "licence": spec.licence}
+                entries.append({**entry, "dataset": _data_set_of(name)})
+    return entries
 
 
 def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
@@ -325,11 +426,17 @@ def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
 
 def _hub_data_set(spec: DataSpec, data_root: Path) -> str | None:
     """Return the id of the data set of the Hub that a data entry reads, None where it reads files of the user."""
-    for address in (spec.data_files, spec.folder):
-        if address and address.startswith(HUB_DATASETS):
-            return "/".join(address.removeprefix(HUB_DATASETS).split("/")[:2])
+    for address in (spec.data_files, spec.folder, spec.table, spec.files):
+        if address and (found := _data_set_of(address)):
+            return found
     name = spec.dataset or ""
     return name if name.count("/") == 1 and not (data_root / name).is_dir() else None
+
+
+def _data_set_of(address: str) -> str | None:
+    """Return the id of the data set of the Hub that an address lies in, None where it lies elsewhere."""
+    found = HUB_ADDRESS.fullmatch(address)
+    return found and found[1]
 
 
 def _card(

@@ -9,10 +9,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import cmcr_hf  # noqa: F401
 
 # isort: split
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from cmcr_hf import CMCRModel, CMCRProcessor, UlipConfig, UlipModel
+from tests.hub_server import WRITER, LocalHub
 
 # The models under test are so small that a second thread costs more in handing over than it computes.
 torch.set_num_threads(1)
@@ -34,6 +38,27 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """The Hub of this process, on the loopback address and with an empty cache."""
+    with LocalHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        # That of transformers keeps the address that it first had.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="session")

@@ -260,12 +260,14 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._known(write=True):
             return
         asked = json.loads(body)
-        name = f"{asked.get('organization') or OWNER}/{asked['name']}"
+        kind = "datasets/" if asked.get("type") == "dataset" else ""
+        name = f"{kind}{asked.get('organization') or OWNER}/{asked['name']}"
         known = name in self.hub.repositories
         if not known:
             self.hub.repositories[name] = Repository(hidden=asked.get("visibility") == "private")
             self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "main", "initial")
-        self._json({"url": f"{self.hub.url}/{name}", "id": name, "name": name}, 409 if known else 200)
+        known_as = name.removeprefix(kind)
+        self._json({"url": f"{self.hub.url}/{name}", "id": known_as, "name": known_as}, 409 if known else 200)
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
         repository = self._repository(name, write=True)
@@ -302,7 +304,8 @@ class _Handler(BaseHTTPRequestHandler):
             sha, files = found
             private = self.hub.repositories[name].hidden
             siblings = [{"rfilename": path} for path in files]
-            self._json({"id": name, "sha": sha, "private": private, "siblings": siblings})
+            known_as = name.removeprefix("datasets/")
+            self._json({"id": known_as, "sha": sha, "private": private, "siblings": siblings})
 
     def tree(self, body: bytes, name: str, revision: str, folder: str | None = None) -> None:
         found = self._files(name, revision, files=True)
@@ -436,22 +439,23 @@ def _beneath(path: str, inside: str, entry: dict[str, Any]) -> tuple[str, dict[s
     return (inside + name, folder) if below else (path, entry)
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
+# That of a data set begins with the kind, as its page does.
+NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
 # A branch or a pull request: the client quotes it, and `_route` takes that back.
 REVISION = r"(refs/pr/\d+|[^/]+)"
 ROUTES = {
     r"/api/whoami-v2": _Handler.whoami,
     r"/api/repos/create": _Handler.create,
     r"/api/validate-yaml": _Handler.validate,
-    rf"/api/models/{NAME}": _Handler.info,
-    rf"/api/models/{NAME}/refs": _Handler.refs,
-    rf"/api/models/{NAME}/branch/(.+)": _Handler.branch,
-    rf"/api/models/{NAME}/tag/{REVISION}": _Handler.tag,
-    rf"/api/models/{NAME}/revision/{REVISION}": _Handler.info,
-    rf"/api/models/{NAME}/tree/{REVISION}(?:/(.+))?": _Handler.tree,
-    rf"/api/models/{NAME}/paths-info/{REVISION}": _Handler.paths,
-    rf"/api/models/{NAME}/preupload/{REVISION}": _Handler.preupload,
-    rf"/api/models/{NAME}/commit/{REVISION}": _Handler.commit,
+    rf"/api/(?:models/)?{NAME}": _Handler.info,
+    rf"/api/(?:models/)?{NAME}/refs": _Handler.refs,
+    rf"/api/(?:models/)?{NAME}/branch/(.+)": _Handler.branch,
+    rf"/api/(?:models/)?{NAME}/tag/{REVISION}": _Handler.tag,
+    rf"/api/(?:models/)?{NAME}/revision/{REVISION}": _Handler.info,
+    rf"/api/(?:models/)?{NAME}/tree/{REVISION}(?:/(.+))?": _Handler.tree,
+    rf"/api/(?:models/)?{NAME}/paths-info/{REVISION}": _Handler.paths,
+    rf"/api/(?:models/)?{NAME}/preupload/{REVISION}": _Handler.preupload,
+    rf"/api/(?:models/)?{NAME}/commit/{REVISION}": _Handler.commit,
     rf"/{NAME}\.git/info/lfs/objects/batch": _Handler.lfs_batch,
     r"/lfs/verify": _Handler.lfs_verify,
     r"/lfs/(\w+)(?:/(\d+))?": _Handler.lfs_put,

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cmcr_hf import connect as walk
 from cmcr_hf import output
 from cmcr_hf.connect import connect
+from cmcr_hf.conversion.push_store import push_store
 from cmcr_hf.durable import locked
 from cmcr_hf.evaluation.connection import connector_metrics
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
@@ -632,3 +634,120 @@ def test_an_evaluation_file_of_somebody_else_is_left_alone(recipe, data, copy, t
     (copy / "evaluation.json").write_text(text)
     connect(replace(recipe, evaluate=None), copy, data)
     assert (copy / "evaluation.json").read_text() == text
+
+
+# Stores in place of items
+
+
+@pytest.fixture
+def published(hub, finished):
+    """The embeddings of the finished walk as data sets of the Hub, by name."""
+    addresses = {}
+    for name in ("clip-text", "clap-text", "clip-image", "clap-audio"):
+        push_store(finished.folder / "stores" / name, f"org/{name}")
+        addresses[name] = f"hf://datasets/org/{name}"
+    return addresses
+
+
+def with_stores(recipe, addresses):
+    """The recipe with stores alone, which measures nothing."""
+    return replace(
+        recipe,
+        text=[DataSpec(stores={"clip": addresses["clip-text"], "clap": addresses["clap-text"]}, licence="cc0-1.0")],
+        image=[DataSpec(stores={"clip": addresses["clip-image"]})],
+        audio=[DataSpec(stores={"clap": addresses["clap-audio"]})],
+        evaluate=None,
+    )
+
+
+def local_stores(finished):
+    return {path.name: str(path) for path in (finished.folder / "stores").iterdir()}
+
+
+def test_stores_on_the_hub_connect_as_the_items_do(published, finished, recipe, tmp_path, hub):
+    (tmp_path / "nothing").mkdir()
+    lines = []
+    connection = connect(with_stores(recipe, published), tmp_path / "run", tmp_path / "nothing", report=lines.append)
+    weights_of = [folder / "connector" / "model.safetensors" for folder in (connection.folder, finished.folder)]
+    assert equal(*({name: part for name, part in load_file(path).items()} for path in weights_of))
+    there, here = connection.training_embeds(), finished.training_embeds()
+    assert list(there) == list(here)
+    assert equal(there, here)
+    assert not (connection.folder / "stores").exists()
+    head = hub.repositories["datasets/org/clip-text"].head
+    assert f"clip-text: given, 12 rows of 24 in hf://datasets/org/clip-text@{head}" in lines
+    card = ModelCard.load(connection.folder / "connector" / "README.md")
+    assert card.data.datasets == ["org/clip-text", "org/clap-text", "org/clip-image", "org/clap-audio"]
+    row = "| hf://datasets/org/clap-text | the texts that connect, embedded by the CLAP source | 12 | cc0-1.0 |"
+    assert row in card.text
+
+
+def test_what_has_no_store_is_embedded_from_the_items(finished, recipe, data, tmp_path):
+    stores = local_stores(finished)
+    given = replace(
+        recipe,
+        text=[DataSpec(table="texts.csv", column="text", stores={"clap": stores["clap-text"]})],
+        audio=[DataSpec(stores={"clap": stores["clap-audio"]})],
+        evaluate=None,
+    )
+    connection = connect(given, tmp_path / "run", data)
+    assert sorted(path.name for path in (connection.folder / "stores").iterdir()) == ["clip-image", "clip-text"]
+    assert equal(connection.training_embeds(), finished.training_embeds())
+
+
+def test_items_that_are_not_those_of_the_store_are_named_before_any_work(finished, recipe, data, tmp_path):
+    spec = DataSpec(table="names.csv", column="text", stores={"clap": local_stores(finished)["clap-text"]})
+    with pytest.raises(ValueError, match=r"Row 0 of .*clap-text is 'texts\.csv/0/text', and of the items 'names\.csv"):
+        connect(replace(recipe, text=[spec]), tmp_path / "run", data)
+    spec = replace(spec, table="texts.csv", limit=5)
+    with pytest.raises(ValueError, match=r"clap-text has 12 rows, and the items 5\. Embed the same items"):
+        connect(replace(recipe, text=[spec]), tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def restate(store, folder, **changes):
+    """Copy a store with another manifest."""
+    folder = Path(shutil.copytree(store, folder))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["source"] |= changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config_hash": "0" * 64}, r"it has the config_hash 000000000000 and not"),
+        ({"revision": "0" * 64}, r"it has the revision 000000000000 and not"),
+        ({"id": "org/other", "revision": "0" * 40}, r"it has the id 'other' and not 'clip'\. Name 'org/other' at rev"),
+    ],
+)
+def test_a_store_of_another_source_is_refused_before_any_work(finished, recipe, data, tmp_path, changes, message):
+    stores = local_stores(finished)
+    image = restate(stores["clip-image"], tmp_path / "images", **changes)
+    given = replace(recipe, image=[DataSpec(stores={"clip": image})])
+    with pytest.raises(ValueError, match=rf"The store .*images was not made by the clip source 'clip': {message}"):
+        connect(given, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_a_copy_of_a_source_on_the_hub_is_taken(finished, recipe, data, tmp_path):
+    stores = local_stores(finished)
+    image = restate(stores["clip-image"], tmp_path / "images", id="org/clip", revision="0" * 40)
+    given = replace(recipe, image=[DataSpec(stores={"clip": image})], evaluate=None)
+    assert equal(connect(given, tmp_path / "run", data).training_embeds(), finished.training_embeds())
+
+
+def test_a_store_of_another_modality_or_of_other_items_is_refused(finished, recipe, data, tmp_path):
+    stores = local_stores(finished)
+    given = replace(recipe, image=[DataSpec(stores={"clip": stores["clip-text"]})])
+    with pytest.raises(ValueError, match=r"clip-text holds text in the space of clip, expected image in that of clip"):
+        connect(given, tmp_path / "run", data)
+    store = EmbeddingStore.open(stores["clap-text"])
+    description = {"space": "clap", "modality": "text", "source": store.source, "dim": 16, "data_fingerprint": "d"}
+    other = EmbeddingStore.create(tmp_path / "other", **description)
+    other.append(store.tensor(), [*store.keys()[:-1], "another"])
+    other.finish()
+    given = replace(recipe, text=[DataSpec(stores={"clip": stores["clip-text"], "clap": str(tmp_path / "other")})])
+    with pytest.raises(ValueError, match=r"Row 11 of .*clip-text is 'texts.csv/11/text', and of .*other 'another'"):
+        connect(given, tmp_path / "run", data)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cmcr_hf import CMCRConfig, CMCRModel, CMCRProcessor, UlipModel
@@ -354,3 +356,82 @@ except ImportError as error:
     done = run(code, environment=hub.environment(tmp_path / "home"))
     assert "Pushing takes the package cmcr_hf. Install it (pip install cmcr-hf)" in done.stdout
     assert "org/never" not in hub.repositories
+
+
+COMMANDS = """
+import json, sys
+import torch
+from cmcr_hf.cli import main
+from cmcr_hf.training.train import main as train
+torch.set_num_threads(1)
+for command in json.loads(sys.argv[1]):
+    if command[0] == "train":
+        train(command[1:])
+    elif main(command):
+        sys.exit(1)
+"""
+
+
+def test_stores_are_published_by_one_and_connected_by_others_without_the_items(hub, tiny_clip, tiny_clap, tmp_path):
+    author, other = tmp_path / "author", tmp_path / "other"
+    for kind in ("images", "sounds"):
+        (author / kind).mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for row in range(5):
+        pixels = noise.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(author / "images" / f"{row}.png")
+        soundfile.write(author / "sounds" / f"{row}.wav", noise.uniform(-0.5, 0.5, 2000), 8000)
+    (author / "texts.csv").write_text("text\n" + "".join(f"the {kind} barks\n" for kind in ("dog", "cat", "sea") * 4))
+    sources = {"clip": "org/clip", "clap": "org/clap"}
+    hub.add("org/clip", tiny_clip)
+    hub.add("org/clap", tiny_clap)
+    items = {"clip-text": "texts.csv", "clap-text": "texts.csv", "clip-image": "images", "clap-audio": "sounds"}
+    recipe = """
+name: tiny
+sources: {{clip: org/clip, clap: org/clap}}
+connector: {{projection_dim: 8}}
+train: {{epochs: 2, batch_size: 4}}
+text: [{text}]
+image: [{image}]
+audio: [{audio}]
+"""
+    (author / "recipe.yaml").write_text(
+        recipe.format(text="{table: texts.csv}", image="{folder: images}", audio="{folder: sounds}")
+    )
+    other.mkdir()
+    addresses = {name: f"hf://datasets/org/tiny-{name}" for name in items}
+    (other / "recipe.yaml").write_text(
+        recipe.format(
+            text=f"{{stores: {{clip: {addresses['clip-text']}, clap: {addresses['clap-text']}}}}}",
+            image=f"{{stores: {{clip: {addresses['clip-image']}}}}}",
+            audio=f"{{stores: {{clap: {addresses['clap-audio']}}}}}",
+        )
+    )
+    commands = []
+    for name, data in items.items():
+        space, modality = name.split("-")
+        command = ["embed", "--source", sources[space], "--space", space, "--modality", modality]
+        command += ["--data", str(author / data), "--output", str(author / "stores" / name)]
+        commands.append([*command, "--push", f"org/tiny-{name}"])
+    commands.append(["connect", str(author / "recipe.yaml"), "--output", str(author / "run")])
+    run(COMMANDS, json.dumps(commands), environment=hub.environment(tmp_path / "author-home"))
+
+    environment = hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    connecting = ["connect", str(other / "recipe.yaml"), "--output", str(other / "run")]
+    run(COMMANDS, json.dumps([connecting]), environment=environment)
+    expected = load_file(author / "run" / "connector" / "model.safetensors")
+    found = load_file(other / "run" / "connector" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    # What was read is there without network: the sources, the stores and, by address, the training alone.
+    asked = len(hub.requests)
+    stores = [addresses["clip-text"], addresses["clap-text"]]
+    stores += [str(other / "run" / "pseudo" / name) for name in ("clip-image", "clap-audio")]
+    flags = ["--output_dir", str(other / "train"), "--num_train_epochs", "1", "--per_device_train_batch_size", "4"]
+    commands = [[*connecting[:-1], str(other / "again")], ["train", "--stores", *stores, *flags, "--use_cpu"]]
+    run(COMMANDS, json.dumps(commands), environment=environment | {"HF_HUB_OFFLINE": "1"})
+    again = load_file(other / "again" / "connector" / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert (other / "train" / "model.safetensors").is_file()
+    assert len(hub.requests) == asked

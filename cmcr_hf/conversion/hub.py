@@ -1,4 +1,4 @@
-"""What goes to the Hub beside the weights: cards, made from `MODEL_CARD.md` and `SOURCE_CARD.md`, and results."""
+"""What goes to the Hub beside the weights: cards, made from the templates `*_CARD.md` here, and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
@@ -19,6 +26,9 @@ from transformers import PreTrainedConfig
 from ..durable import write_durably
 from ..modeling.configuration_cmcr import CMCRConfig
 from ..modeling.towers_cmcr import split_source
+from ..training.manifest import SHA256
+from ..training.places import HUB_DATASETS
+from ..training.store import EmbeddingStore
 
 # The record of a conversion, beside the card.
 CONVERSION = "conversion.json"
@@ -83,7 +93,7 @@ def model_card(
         base_model=on_the_hub or None,
         datasets=list(dict.fromkeys(row["dataset"] for row in training_data if row.get("dataset"))) or None,
     )
-    return _render(
+    card: ModelCard = _render(
         "MODEL_CARD.md",
         data,
         repo_id=repo_id,
@@ -96,6 +106,7 @@ def model_card(
         without_sources=heads,
         conversion=conversion and conversion_section(conversion),
     )
+    return card
 
 
 def check_licence(licence: str | None) -> None:
@@ -162,7 +173,7 @@ def source_card(
         tags=["cmcr_hf", role],
     )
     towers = {"image": "vision_config", "text": "text_config"} if role == "ulip" else {}
-    return _render(
+    card: ModelCard = _render(
         "SOURCE_CARD.md",
         data,
         repo_id=repo_id,
@@ -173,6 +184,42 @@ def source_card(
         licence=licence,
         conversion=conversion_section(conversion),
     )
+    return card
+
+
+def store_card(store: EmbeddingStore, *, repo_id: str, licence: str | None) -> DatasetCard:
+    """Render the card of a store of embeddings as a data set of the Hub.
+
+    Args:
+        licence: of the embeddings, one of the Hub's identifiers such as `cc-by-4.0`.
+    """
+    check_licence(licence)
+    address = HUB_DATASETS + repo_id
+    data = DatasetCardData(
+        license=licence,
+        tags=["c-mcr", "cmcr_hf", "embeddings", store.space],
+        # The viewer shows the keys; it takes no safetensors.
+        configs=[{"config_name": "keys", "data_files": "*.keys.parquet"}],
+    )
+    card: DatasetCard = _render(
+        "STORE_CARD.md",
+        data,
+        repo_id=repo_id,
+        quoted=quoted(address),
+        address=address,
+        space=store.space,
+        modality=store.modality.replace("_", " "),
+        key=store.modality,
+        source={**store.source, "id": public_name(store.source["id"])},
+        # Of a folder or file it is the sha256; of the Hub it is a commit.
+        local=bool(SHA256.fullmatch(store.source["revision"])),
+        rows=store.rows,
+        dim=store.dim,
+        dtype=store.dtype,
+        skipped=store.skipped,
+        licence=licence,
+    )
+    return card
 
 
 def write_eval_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> Path:
@@ -218,13 +265,13 @@ def quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
-def _render(template: str, data: ModelCardData, *, repo_id: str, **variables: Any) -> ModelCard:
+def _render(template: str, data: ModelCardData | DatasetCardData, *, repo_id: str, **variables: Any) -> Any:
     # A folder may have any name, a heading is one line.
     name = "".join(character if character.isprintable() else " " for character in repo_id).strip()
-    variables |= {"repo_id": name, "quoted": quoted(name)}
+    variables = {"repo_id": name, "quoted": quoted(name), **variables}
+    kind: Any = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
     with as_file(files("cmcr_hf") / "conversion" / template) as path:
-        card: ModelCard = ModelCard.from_template(data, template_path=str(path), **variables)
-    return card
+        return kind.from_template(data, template_path=str(path), **variables)
 
 
 def conversion_section(conversion: Mapping[str, Any]) -> str:

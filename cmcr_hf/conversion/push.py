@@ -79,7 +79,7 @@ def push_folder(
     check_folder(folder)
     options = [*(["--private"] if private else []), *([] if revision is None else ["--revision", revision])]
     again = f"`{shlex.join(['cmcr', 'push', str(folder), repo_id, *options])}`"
-    target = _open(repo_id, private=private, revision=revision, token=token, again=again)
+    target = open_target(repo_id, private=private, revision=revision, token=token, again=again)
     content = _content(folder)
     content[CARD] = _with_name((folder / CARD).read_text(encoding="utf-8"), target.repo_id).encode()
     return target.commit(content, message or f"Push {folder.resolve().name}", _is_ours)
@@ -127,7 +127,7 @@ def push_model(
         if processor is not None:
             processor.save_pretrained(folder)
         check_sources(json.loads((folder / "config.json").read_text(encoding="utf-8")), type(model).__name__)
-        target = _open(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
+        target = open_target(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
         content = _content(folder)
         found = target.read(CARD) if CARD in target.files else EMPTY_CARD
         # Another one, of a push of a folder or written by hand, knows more than the configuration.
@@ -173,20 +173,32 @@ def _is_ours(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A branch of a repository, as it was when the push began."""
+class Target:
+    """A branch of a repository, as it was when the push began.
+
+    Args:
+        repo_type: `model` or `dataset`.
+    """
 
     api: HfApi
     repo_id: str
+    repo_type: str
     revision: str | None
     head: str
     files: list[str]
     create_pr: bool
     again: str
 
+    @property
+    def page(self) -> str:
+        """The repository as its page on the Hub names it."""
+        return _page(self.repo_id, self.repo_type)
+
     def read(self, name: str) -> str:
-        with _explained(self.repo_id, self.again), tempfile.TemporaryDirectory() as folder:
-            path = self.api.hf_hub_download(self.repo_id, name, revision=self.head, local_dir=folder)
+        with _explained(self.page, self.again), tempfile.TemporaryDirectory() as folder:
+            path = self.api.hf_hub_download(
+                self.repo_id, name, repo_type=self.repo_type, revision=self.head, local_dir=folder
+            )
             return Path(path).read_text(encoding="utf-8")
 
     def commit(
@@ -198,7 +210,7 @@ class _Target:
     ) -> CommitInfo:
         """Commit files, and delete those of the others that are stale."""
         stale = [name for name in self.files if name not in content and is_stale(name)]
-        with _explained(self.repo_id, self.again):
+        with _explained(self.page, self.again):
             return self.api.create_commit(
                 self.repo_id,
                 [
@@ -207,6 +219,7 @@ class _Target:
                 ],
                 commit_message=message,
                 commit_description=description,
+                repo_type=self.repo_type,
                 revision=self.revision,
                 create_pr=self.create_pr,
                 # What was pushed by others in the meantime is not deleted unseen.
@@ -214,7 +227,7 @@ class _Target:
             )
 
 
-def _open(
+def open_target(
     repo_id: str,
     *,
     private: bool | None,
@@ -222,21 +235,27 @@ def _open(
     token: bool | str | None,
     create_pr: bool = False,
     again: str = "the same again",
-) -> _Target:
+    repo_type: str = "model",
+) -> Target:
     """Create a repository and a branch where they are missing, and look at what they hold."""
     api = HfApi(token=token)
-    with _explained(repo_id, again):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    page = _page(repo_id, repo_type)
+    with _explained(page, again):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         if private and not info.private:
             raise ValueError(
-                f"{repo_id} exists and is public, so nothing was pushed to it. Make it private in its settings, or "
+                f"{page} exists and is public, so nothing was pushed to it. Make it private in its settings, or "
                 "push to another name."
             )
-        files = api.list_repo_files(repo_id, revision=info.sha)
-    return _Target(api, repo_id, revision, str(info.sha), files, create_pr, again)
+        files = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+    return Target(api, repo_id, repo_type, revision, str(info.sha), files, create_pr, again)
+
+
+def _page(repo_id: str, repo_type: str) -> str:
+    return f"{constants.REPO_TYPES_URL_PREFIXES.get(repo_type, '')}{repo_id}"
 
 
 @contextmanager
@@ -253,12 +272,13 @@ def _explained(repo_id: str, again: str | None = None) -> Iterator[None]:
         # That of one file, and of a token, is the cause of the client's own error.
         wrapped = isinstance(error.__cause__, HfHubHTTPError) or type(error) is RuntimeError
         cause = error.__cause__ if wrapped and error.__cause__ is not None else error
-        raise OSError(_explanation(cause, repo_id) + rest) from error
+        raise OSError(explanation(cause, repo_id) + rest) from error
     except json.JSONDecodeError as error:
         raise OSError(f"The Hub answers what is no JSON ({error}). Try again later.{rest}") from error
 
 
-def _explanation(error: BaseException, repo_id: str) -> str:
+def explanation(error: BaseException, repo_id: str) -> str:
+    """Say in one line what the Hub, or the way there, has against a request, and what to do."""
     if isinstance(error, OfflineModeIsEnabled):
         return "The Hub is not asked, since HF_HUB_OFFLINE is set. Unset it to push."
     if isinstance(error, LocalTokenNotFoundError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
-from .places import HUB_DATASETS, hub_commit, pinned_address
+from .places import HUB_DATASETS, RemotePlace, hub_commit, is_address, pinned_address
 from .recipe import DataSpec
 
 SUFFIXES = {
@@ -20,6 +23,8 @@ SUFFIXES = {
     "audio": {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"},
     "point_cloud": {".npy", ".npz", ".ply", ".off"},
 }
+# A table is held in memory as a whole, and what an address stands for may be of any size.
+MAX_TABLE_BYTES = 2**32
 
 
 @dataclass
@@ -74,7 +79,8 @@ class Items:
     def fingerprint(self) -> str:
         """Identify the items, their classes and their order.
 
-        Texts count by content, files by relative path, size and change time, data sets by revision.
+        Texts count by content, files by relative path, size and change time (those that a table names behind an
+        address by that alone), data sets by revision.
         """
         digest = hashlib.sha256(self.modality.encode())
         for part in self._parts:
@@ -83,7 +89,7 @@ class Items:
 
     def __len__(self) -> int:
         """Return the number of items, 0 where a streamed data set does not tell before its end."""
-        lengths = [0 if isinstance(part, _Stream) else len(part.items) for part in self._parts]
+        lengths = [0 if isinstance(part, _Stream) else len(part) for part in self._parts]
         return sum(lengths) if all(lengths) else 0
 
     def __iter__(self) -> Iterator[Item]:
@@ -96,60 +102,79 @@ class Items:
             if isinstance(entry, _Stream):
                 parts += [Part(len(parts) + file, None, partial(entry.read, file)) for file in range(entry.files)]
             else:
-                stretches = [entry.items[start : start + rows] for start in range(0, len(entry.items), rows)]
-                first = len(parts)
-                parts += [
-                    Part(first + index, len(stretch), partial(_read_on, stretch))
-                    for index, stretch in enumerate(stretches)
-                ]
+                for first in range(0, len(entry), rows):
+                    stop = min(first + rows, len(entry))
+                    parts.append(Part(len(parts), stop - first, partial(entry.read, first, stop)))
         return parts
-
-
-def _read_on(items: list[Item], start: int) -> Iterator[Item]:
-    return iter(items[start:])
 
 
 @dataclass
 class _Listed:
-    items: list[Item]
-    fingerprint: str
+    """Items that are known by name: millions of them fit in memory, since what stands for one is made when it is read.
+
+    Args:
+        names: texts, or names of files in `folder`.
+        labels: empty where there are none.
+    """
+
+    keys: list[str]
+    names: list[str]
+    labels: list[str | None]
+    folder: Path | RemotePlace | None
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self.items)
+        return self.read(0, len(self))
+
+    def read(self, first: int, stop: int, start: int = 0) -> Iterator[Item]:
+        """Yield the items of a stretch, from a place in it on."""
+        for row in range(first + start, min(stop, len(self))):
+            yield Item(self.keys[row], self._value(self.names[row]), self.labels[row] if self.labels else None)
+
+    def _value(self, name: str) -> Any:
+        if isinstance(self.folder, RemotePlace):
+            return RemoteFile(f"{self.folder}/{name}", partial(_fetch_named, self.folder, name))
+        return name if self.folder is None else self.folder / name
+
+    def cut(self, limit: int | None) -> None:
+        """Keep so many of the items, from the start."""
+        if limit is not None:
+            self.keys, self.names, self.labels = self.keys[:limit], self.names[:limit], self.labels[:limit]
 
 
-class _RemoteFolder:
-    """Files behind an fsspec address such as `hf://datasets/OWNER/NAME/FOLDER`, each fetched when it is read."""
+def _list_address(spec: DataSpec, modality: str) -> _Listed:
+    """List files behind an address such as `hf://datasets/OWNER/NAME/FOLDER`, each fetched when it is read."""
+    import fsspec
 
-    def __init__(self, spec: DataSpec, modality: str) -> None:
-        import fsspec
-
-        folder = str(spec.folder)
-        _check_folder_options(spec, modality, folder)
-        address = pinned_address(folder)
-        try:
-            self._files, base = fsspec.url_to_fs(address)
-            found = self._files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"Cannot list {folder}: {error}. Check the address and the network.") from error
-        self.items: list[Item] = []
-        sizes = []
-        for name, entry in sorted(found.items()):
-            path = PurePosixPath(name).relative_to(base)
-            if entry["type"] != "file" or not (spec.pattern or _is_usual(path, modality)):
-                continue
-            label = {None: None, "parent": PurePosixPath(name).parent.name, "stem": path.stem}[spec.label]
-            file = RemoteFile(f"{folder}/{path.as_posix()}", partial(self._files.cat_file, name))
-            self.items.append(Item(path.as_posix(), file, label))
-            sizes.append(entry["size"])
-        self.items = self.items[: spec.limit]
-        if not self.items:
-            raise ValueError(f"There are no {modality} items in {folder}. Check the address and the pattern.")
-        keys = [[item.key, item.label, size] for item, size in zip(self.items, sizes, strict=False)]
-        self.fingerprint = hashlib.sha256(json.dumps([address, keys]).encode()).hexdigest()
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self.items)
+    folder = str(spec.folder)
+    _check_folder_options(spec, modality, folder)
+    address = pinned_address(folder)
+    try:
+        files, base = fsspec.url_to_fs(address)
+        found = files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"Cannot list {folder}: {error}. Check the address and the network.") from error
+    listed = _Listed([], [], [], RemotePlace(address))
+    sizes = []
+    for name, entry in sorted(found.items()):
+        key = PurePosixPath(name).relative_to(base).as_posix()
+        if entry["type"] != "file" or not (spec.pattern or _is_usual(key, modality)):
+            continue
+        listed.keys.append(key)
+        if spec.label:
+            listed.labels.append(_file_label(spec.label, PurePosixPath(name)))
+        sizes.append(entry["size"])
+    listed.names = listed.keys
+    listed.cut(spec.limit)
+    if not listed:
+        raise ValueError(f"There are no {modality} items in {folder}. Check the address and the pattern.")
+    labels = listed.labels or itertools.repeat(None)
+    keys = [list(described) for described in zip(listed.keys, labels, sizes, strict=False)]
+    listed.fingerprint = hashlib.sha256(json.dumps([address, keys]).encode()).hexdigest()
+    return listed
 
 
 class _Stream:
@@ -192,7 +217,7 @@ class _Stream:
         self._classes = {
             name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
         }
-        described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note")}
+        described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note", "stores")}
         self.fingerprint = json.dumps([described, version])
 
     def _check_columns(self, known: Sequence[str]) -> None:
@@ -279,60 +304,84 @@ def _files_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | _RemoteFolder | _Stream:
+def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | _Stream:
     if spec.template is not None and modality != "text":
         raise ValueError(f"A template goes with texts, not with {modality} items. Remove {spec.template!r}.")
     if spec.dataset is not None:
         return _Stream(spec, modality, root)
-    if spec.folder is not None and "://" in spec.folder:
-        return _RemoteFolder(spec, modality)
-    if spec.folder is not None:
-        items = _read_folder(spec, modality, root, strict)
-    else:
-        items = _read_table(spec, modality, root)
-    if spec.limit is not None:
-        items = items[: spec.limit]
-    if not items:
-        place = root / str(spec.folder or spec.table)
+    if spec.folder is not None and is_address(spec.folder):
+        return _list_address(spec, modality)
+    listed = (
+        _list_folder(spec, modality, root, strict) if spec.folder is not None else _list_table(spec, modality, root)
+    )
+    listed.cut(spec.limit)
+    if not listed:
+        place = _below(root, str(spec.folder or spec.table))
         raise ValueError(f"There are no {modality} items in {place}. Check the path, pattern, column and where.")
     digest = hashlib.sha256()
-    for item in items:
-        if modality == "text":
-            content = item.value
-        else:
+    # Without a Path for each: pathlib interns the parts of their names, in a table that does not shrink.
+    for key, name, label in zip(listed.keys, listed.names, listed.labels or itertools.repeat(None), strict=False):
+        content: Any = name
+        if isinstance(listed.folder, Path):
+            path = os.path.join(listed.folder, name)
             try:
-                status = item.value.stat()
+                status = os.stat(path)
                 content = [status.st_size, status.st_mtime_ns]
             except OSError as error:
                 if strict:
                     raise ValueError(
-                        f"Cannot read {modality} file {item.value}: {error.strerror}. Check the path."
+                        f"Cannot read {modality} file {path}: {error.strerror}. Check the path."
                     ) from error
                 content = None
-        digest.update(json.dumps([item.key, item.label, content]).encode())
-    return _Listed(items, digest.hexdigest())
+        elif listed.folder is not None:
+            content = f"{listed.folder}/{name}"
+        digest.update(json.dumps([key, label, content]).encode())
+    listed.fingerprint = digest.hexdigest()
+    return listed
 
 
-def _read_folder(spec: DataSpec, modality: str, root: Path, strict: bool) -> list[Item]:
+def _below(root: Path, name: str) -> Path | str:
+    """Return the path of what an entry names, or its address."""
+    return name if is_address(name) else root / name
+
+
+def _list_folder(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed:
     folder = root / str(spec.folder)
     _check_folder_options(spec, modality, str(folder))
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}. Check the path and the data root.")
-    paths = sorted(folder.glob(spec.pattern or "**/*"))
-    if not spec.pattern:
-        paths = [path for path in paths if _is_usual(path.relative_to(folder), modality)]
-    broken = {path for path in paths if path.is_symlink() and not path.exists()}
+    keys, broken = [], []
+    for key in _names_below(folder, spec.pattern):
+        if not spec.pattern and not _is_usual(key, modality):
+            continue
+        path = os.path.join(folder, key)
+        if os.path.islink(path) and not os.path.exists(path):
+            broken.append(path)
+        elif not os.path.isfile(path):
+            continue
+        keys.append(key)
     if broken and strict:
         raise ValueError(f"The link {min(broken)} leads to a file that is not there. Repair or remove it.")
-    return [
-        Item(
-            path.relative_to(folder).as_posix(),
-            path,
-            {None: None, "parent": path.parent.name, "stem": path.stem}[spec.label],
-        )
-        for path in paths
-        if path in broken or path.is_file()
-    ]
+    # In the order of the paths: a folder's files beside each other.
+    keys.sort(key=lambda key: key.replace("/", "\0"))
+    labels: list[str | None] = [_file_label(spec.label, folder / key) for key in keys] if spec.label else []
+    return _Listed(keys, keys, labels, folder)
+
+
+def _names_below(folder: Path, pattern: str | None) -> Iterator[str]:
+    if pattern:
+        for path in folder.glob(pattern):
+            yield path.relative_to(folder).as_posix()
+        return
+    for parent, _, names in os.walk(folder):
+        below = Path(parent).relative_to(folder).as_posix()
+        for name in names:
+            yield name if below == "." else f"{below}/{name}"
+
+
+def _file_label(label: str, path: PurePath) -> str:
+    # Interned: the files of a class share theirs.
+    return sys.intern(path.parent.name if label == "parent" else path.stem)
 
 
 def _check_folder_options(spec: DataSpec, modality: str, folder: str) -> None:
@@ -346,36 +395,50 @@ def _check_folder_options(spec: DataSpec, modality: str, folder: str) -> None:
         )
 
 
-def _is_usual(path: PurePath, modality: str) -> bool:
+def _is_usual(key: str, modality: str) -> bool:
     # Dot files are no items of anybody's: macOS leaves a ._dog.jpg beside dog.jpg on other file systems.
-    return path.suffix.lower() in SUFFIXES[modality] and not any(part.startswith(".") for part in path.parts)
+    return os.path.splitext(key)[1].lower() in SUFFIXES[modality] and "/." not in f"/{key}"
 
 
-def _read_table(spec: DataSpec, modality: str, root: Path) -> list[Item]:
-    path = root / str(spec.table)
-    columns = load_table(path)
+def _list_table(spec: DataSpec, modality: str, root: Path) -> _Listed:
+    path = _below(root, str(spec.table))
+    parent, name = pinned_address(path).rsplit("/", 1) if isinstance(path, str) else (path.parent, path.name)
+    columns = load_table(f"{parent}/{name}" if isinstance(path, str) else path)
     wanted = spec.column if isinstance(spec.column, list) else [spec.column or next(iter(columns))]
     for column in [*wanted, *([spec.label] if spec.label else []), *(spec.where or {})]:
         if column not in columns:
             raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(columns)}.")
-    files = root / spec.files if spec.files else path.parent
-    items = []
+    listed = _Listed([], [], [], None)
+    if modality != "text":
+        listed.names = listed.keys
+        files = _below(root, spec.files) if spec.files else parent
+        listed.folder = RemotePlace(pinned_address(files)) if isinstance(files, str) else files
     for index in range(len(columns[wanted[0]])):
         if spec.where and any(str(columns[column][index]) not in kept for column, kept in spec.where.items()):
             continue
-        label = _label(columns[spec.label][index]) if spec.label else None
         for column in wanted:
             value = columns[column][index]
             if _is_empty(value):
                 continue
-            key = f"{path.name}/{index}/{column}"
+            key = f"{name}/{index}/{column}"
             if modality == "text":
-                items.append(Item(key, _text(spec, value, key), label))
+                listed.names.append(_text(spec, value, key))
+                listed.keys.append(key)
             elif isinstance(value, str):
-                items.append(Item(value, files / value, label))
+                listed.keys.append(value)
             else:
                 raise ValueError(f"Expected a file name in {key}, got {value!r:.80}. Name another column.")
-    return items
+            if spec.label:
+                listed.labels.append(_label(columns[spec.label][index]))
+    return listed
+
+
+def _fetch_named(folder: RemotePlace, name: str) -> bytes:
+    try:
+        return folder.read(name)
+    except FileNotFoundError as error:
+        # A bad item, where what breaks the connection is none.
+        raise ValueError(f"There is no file {folder}/{name}. Check the table and its files.") from error
 
 
 def _is_empty(cell: Any) -> bool:
@@ -383,7 +446,7 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _label(cell: Any) -> str | None:
-    return None if _is_empty(cell) else str(cell)
+    return None if _is_empty(cell) else sys.intern(str(cell))
 
 
 def _text(spec: DataSpec, cell: Any, key: str) -> str:
@@ -392,20 +455,19 @@ def _text(spec: DataSpec, cell: Any, key: str) -> str:
     return str(cell) if spec.template is None else spec.template.replace("{}", str(cell))
 
 
-def load_table(path: Path) -> dict[str, list[Any]]:
-    """Read a table as columns of equal length, at least one."""
-    readers = {
-        ".txt": _read_lines,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".parquet": _read_parquet,
-    }
+def is_table(name: str) -> bool:
+    """Return whether a file is a table by its name."""
+    return PurePosixPath(name).suffix.lower() in _READERS
+
+
+def load_table(path: Path | str) -> dict[str, list[Any]]:
+    """Read a table, a file or what an address of fsspec names, as columns of equal length, at least one."""
+    suffix = PurePath(path).suffix.lower()
     try:
-        if path.suffix.lower() not in readers:
-            raise ValueError(f"expected one of {', '.join(readers)}")
-        columns = readers[path.suffix.lower()](path)
+        if suffix not in _READERS:
+            raise ValueError(f"expected one of {', '.join(_READERS)}")
+        with _open_table(path) as file:
+            columns = _READERS[suffix](file)
         if not columns:
             raise ValueError("it is empty")
     except OSError as error:
@@ -421,21 +483,40 @@ def load_table(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
-def _read_lines(path: Path) -> dict[str, list[Any]]:
+def _open_table(path: Path | str) -> IO[bytes]:
+    if not is_address(path):
+        return Path(path).open("rb")
+    folder, name = os.fspath(path).rsplit("/", 1)
+    there = RemotePlace(folder)
+    size = there.size(name)
+    if size is None or size > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"it has {'an unknown number of' if size is None else size} bytes, expected at most {MAX_TABLE_BYTES} in "
+            "memory: read it as a data set, which is streamed"
+        )
+    return io.BytesIO(there.read(name))
+
+
+def _decoded(file: IO[bytes]) -> str:
+    with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+        return text.read()
+
+
+def _read_lines(file: IO[bytes]) -> dict[str, list[Any]]:
     # Not splitlines, which also cuts at the line separators of Unicode inside a text.
-    return {"text": path.read_text(encoding="utf-8-sig").split("\n")}
+    return {"text": _decoded(file).split("\n")}
 
 
-def _read_json(path: Path) -> dict[str, list[Any]]:
-    document = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_json(file: IO[bytes]) -> dict[str, list[Any]]:
+    document = json.loads(_decoded(file))
     if not isinstance(document, (list, dict)) or not all(isinstance(text, str) for text in document):
         raise ValueError("expected a list of strings, or an object whose keys are the texts")
     return {"text": list(document)}
 
 
-def _read_jsonl(path: Path) -> dict[str, list[Any]]:
+def _read_jsonl(file: IO[bytes]) -> dict[str, list[Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_decoded(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -448,13 +529,9 @@ def _read_jsonl(path: Path) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain.from_iterable(rows))}
 
 
-def _read_csv(path: Path) -> dict[str, list[Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        # Strict: a quotation mark that is never closed would take the rest of the file for one cell. A .tsv has none.
-        dialect: dict[str, Any] = {"strict": True}
-        if path.suffix.lower() == ".tsv":
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        reader = csv.reader(file, **dialect)
+def _read_csv(file: IO[bytes], **dialect: Any) -> dict[str, list[Any]]:
+    with io.TextIOWrapper(file, newline="", encoding="utf-8-sig") as text:
+        reader = csv.reader(text, **dialect)
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError(f"two columns have one name in {', '.join(names)}")
@@ -474,10 +551,21 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
+def _read_parquet(file: IO[bytes]) -> dict[str, list[Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError('Parquet tables need the train extra: pip install "cmcr-hf[train]"') from error
-    columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
+    columns: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
     return columns
+
+
+_READERS: dict[str, Callable[[IO[bytes]], dict[str, list[Any]]]] = {
+    ".txt": _read_lines,
+    ".json": _read_json,
+    # Strict: a quotation mark that is never closed would take the rest of the file for one cell. A .tsv has none.
+    ".csv": partial(_read_csv, strict=True),
+    ".tsv": partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from ..modeling.configuration_cmcr import source_embedding_dim
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.towers_cmcr import load_source
-from .data import Items
+from .data import Items, is_table
 from .embed import embed, encode_features, prepare, source_record
+from .places import is_address
 from .recipe import DataSpec
 from .store import REJECTS, EmbeddingStore
 
@@ -26,16 +27,17 @@ COMPARED = 32
 def data_entry(data: str, modality: str, *, column: list[str] | None = None, **options: Any) -> DataSpec:
     """Return the data entry that a path, an address or a data set's id stands for.
 
-    A folder of files, or with a column a local data set; a file is a table; what is neither is an address or an id.
+    A folder of files, or with a column a local data set; a file is a table, as is an address that ends like one; what
+    is neither is another address or an id.
 
     Args:
         options: further fields of [`DataSpec`].
     """
     columns = column[0] if column and len(column) == 1 else column
     path = Path(data)
-    if path.is_file():
+    if path.is_file() or (is_address(data) and is_table(data)):
         return DataSpec(table=data, column=columns, **options)
-    if "://" in data or (path.is_dir() and modality != "text" and not columns):
+    if is_address(data) or (path.is_dir() and modality != "text" and not columns):
         return DataSpec(folder=data, **options)
     return DataSpec(dataset=data, column=columns, **options)
 

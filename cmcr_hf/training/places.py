@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from ..durable import LOCK, cache_folder, locked, named_write_errors, sha256, write_durably
 
 HUB_DATASETS = "hf://datasets/"
 # Seconds until the temporary file of another machine must be that of a killed process.
 LEFTOVER_AGE = 3600
+# Name, revision and folder.
+HUB_ADDRESS = re.compile(rf"{HUB_DATASETS}([^/@]+/[^/@]+)(?:@([^/]+))?((?:/.*)?)")
 TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -150,6 +153,12 @@ class RemotePlace:
             data: bytes = self._files.cat_file(f"{self._base}/{name}")
         return data
 
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None where that is not told; FileNotFoundError where there is none."""
+        with self._named_errors():
+            size: int | None = self._files.size(f"{self._base}/{name}")
+        return size
+
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return what those files hold that are there, fetched at the same time where the file system can."""
         with self._named_errors():
@@ -234,11 +243,74 @@ def _is_written(temporary: Path) -> bool:
     return True
 
 
+class HubPlace(RemotePlace):
+    """A folder of a data set of the Hub, to read from.
+
+    What is read stays in the cache of `huggingface_hub`, so that it is fetched once, and there without network.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        found = HUB_ADDRESS.fullmatch(self._address)
+        assert found is not None  # `place_to_read` has looked.
+        self._repo_id, self._revision, self._folder = found[1], found[2] and unquote(found[2]), found[3].strip("/")
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of this name, which is fetched then."""
+        try:
+            self._fetched(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """Return what a file holds; FileNotFoundError where there is none."""
+        return self._fetched(name).read_bytes()
+
+    def sha256(self, name: str, expected: str) -> str:
+        """Return the sha256 of a file in hexadecimal; a copy on this machine that has another is fetched anew."""
+        digest = sha256(self._fetched(name))
+        return digest if digest == expected else sha256(self._fetched(name, anew=True))
+
+    def path(self, name: str, digest: str) -> Path:
+        """Return the path of a copy on this machine."""
+        return self._fetched(name)
+
+    def _fetched(self, name: str, *, anew: bool = False) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+        from ..conversion.push import explanation
+
+        path = f"{self._folder}/{name}" if self._folder else name
+        try:
+            return Path(
+                hf_hub_download(self._repo_id, path, repo_type="dataset", revision=self._revision, force_download=anew)
+            )
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                f"{self}/{name} is not on this machine, and the Hub cannot be reached, or is not to be "
+                "(HF_HUB_OFFLINE). Read it once with network."
+            ) from error
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(f"there is no {self}/{name}") from error
+        except HfHubHTTPError as error:
+            raise OSError(explanation(error, f"datasets/{self._repo_id}")) from error
+        except (OSError, HTTPError) as error:
+            raise OSError(f"Cannot fetch {self}/{name}: {' '.join(str(error).split())}. Try again.") from error
+
+
+def place_to_read(folder: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
+    """Return the place that a path or an address names, to read from; one on the Hub at the commit of now."""
+    address = pinned_address(os.fspath(folder))
+    return HubPlace(address) if HUB_ADDRESS.fullmatch(address.rstrip("/")) else place(address)
+
+
 def pinned_address(address: str) -> str:
     """Name the commit in an address of a Hub data set's files; return any other address as it is."""
-    found = re.fullmatch(rf"{HUB_DATASETS}([^/@]+/[^/@]+)(?:@([^/]+))?(/.*)?", address)
+    found = HUB_ADDRESS.fullmatch(address)
     commit = hub_commit(found[1], found[2]) if found else None
-    return f"{HUB_DATASETS}{found[1]}@{commit}{found[3] or ''}" if found and commit else address
+    return f"{HUB_DATASETS}{found[1]}@{commit}{found[3]}" if found and commit else address
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:

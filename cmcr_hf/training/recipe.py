@@ -18,11 +18,12 @@ from typing import Any
 
 import yaml
 
-# What a data entry may say beside `limit`, `template`, `licence` and `note`, which go with each of the three.
-DATA_OPTIONS = {
+# What a data entry may say beside `licence` and `note`, and `limit`, `template` and `stores`, which go with items.
+DATA_OPTIONS: dict[str, set[str]] = {
     "folder": {"pattern", "label"},
     "table": {"column", "files", "label", "where"},
     "dataset": {"column", "config", "split", "revision", "data_files", "label", "where"},
+    "stores": set(),
 }
 # The counts of the synthetic world that a recipe may ask for, by the space that CLIP is connected with.
 WORLD_COUNTS = {
@@ -37,21 +38,26 @@ MAX_VALUES = 10_000
 
 @dataclass
 class DataSpec:
-    """One body of items of one modality: exactly one of `folder`, `table` and `dataset`.
+    """One body of items of one modality: one of `folder`, `table` and `dataset`, or the stores of its embeddings.
 
     Args:
         folder: folder of image, audio or point cloud files, read in sorted order; relative to the data root, or an
             address such as `hf://datasets/OWNER/NAME/FOLDER`, whose files are fetched one by one.
         pattern: glob below the folder; all files of the modality's usual formats where it is missing.
         table: .csv, .tsv, .jsonl, .parquet, .txt (a text a line) or .json (a list of strings, or an object whose keys
-            are the texts); UTF-8. Quotation marks have a meaning in .csv alone.
+            are the texts); UTF-8. Quotation marks have a meaning in .csv alone. Relative to the data root, or an
+            address such as `s3://BUCKET/captions.csv`.
         column: column or columns of the table or data set that hold the texts or the file names; a table's first where
             it is missing. Empty cells are passed over.
-        files: folder that the file names of a table are relative to; the table's own where it is missing.
+        files: folder that the file names of a table are relative to, or an address, whose files are fetched one by
+            one; the table's own where it is missing.
         dataset: Hub data set id or local folder for `datasets.load_dataset`, streamed.
         config, split, revision: of the data set; `train` is the default split.
         data_files: glob of its files, where they are not all wanted; or, behind `dataset: csv` and its like,
             `hf://datasets/OWNER/NAME/GLOB`.
+        stores: `{space: folder or address}`: embeddings of the items that `cmcr embed` made, such as
+            `{clip: hf://datasets/OWNER/NAME}`, relative to the data root. Where they are of all spaces that the
+            modality is embedded in, the items need not be given; else they are embedded in the others.
         label: where an item's class comes from, for evaluation: `parent` (folder name) or `stem` (file name) of a
             folder's files, else a column.
         where: `{column: [values]}`: keep only rows whose column has one of these values.
@@ -70,6 +76,7 @@ class DataSpec:
     split: str = "train"
     revision: str | None = None
     data_files: str | None = None
+    stores: dict[str, str] | None = None
     label: str | None = None
     where: dict[str, list[str]] | None = None
     limit: int | None = None
@@ -77,14 +84,24 @@ class DataSpec:
     licence: str | None = None
     note: str | None = None
 
+    @property
+    def has_items(self) -> bool:
+        """Whether the items themselves are named, and not stores alone."""
+        return any(name is not None for name in (self.folder, self.table, self.dataset))
+
     def __post_init__(self) -> None:
         given = [name for name in ("folder", "table", "dataset") if getattr(self, name) is not None]
+        if self.stores == {}:
+            raise ValueError("expected stores as {space: folder or address}, got an empty mapping.")
+        if not given and self.stores is not None:
+            given = ["stores"]
         if len(given) != 1:
             raise ValueError(f"expected exactly one of folder, table and dataset, got {', '.join(given) or 'none'}.")
         kind = given[0]
-        for name in sorted(set.union(*DATA_OPTIONS.values()) - DATA_OPTIONS[kind]):
+        options = set.union({"limit", "template"} if kind == "stores" else set(), *DATA_OPTIONS.values())
+        for name in sorted(options - DATA_OPTIONS[kind]):
             if getattr(self, name) != getattr(type(self), name):
-                known = ", ".join(sorted(DATA_OPTIONS[kind]))
+                known = ", ".join(sorted(DATA_OPTIONS[kind])) or "no other key"
                 raise ValueError(f"{name} does not go with {kind}, which takes {known}. Remove it.")
         if self.column == []:
             raise ValueError("expected the name of a column, or several, got an empty list.")
@@ -144,6 +161,9 @@ class EvaluateSpec:
     names: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        for name in (*MODALITIES, "names"):
+            if (spec := getattr(self, name)) is not None and spec.stores is not None:
+                raise ValueError(f"{name} has stores, expected items, which have classes. Name their files or table.")
         for modality in self.modalities:
             if getattr(self, modality).label is None:
                 raise ValueError(f"{modality} lacks a label, the class of an item: parent, stem or a column.")
@@ -240,6 +260,8 @@ class Recipe:
                     f"got data under {modality}, expected {', '.join(m for m in MODALITIES if m in needed)} alone for "
                     f"clip and {self.other} through {self.overlap}. Remove it."
                 )
+        for modality in sorted(needed):
+            self._check_stores(modality)
         if self.evaluate is not None:
             asked, able = self.leaves[self.other], ("image", "text")
             given = set(self.evaluate.modalities)
@@ -247,6 +269,34 @@ class Recipe:
                 raise ValueError(
                     f"evaluate: expected {asked}, and image, text or both, got {sorted(given) or 'none'}."
                 )
+
+    def spaces_of(self, modality: str) -> list[str]:
+        """Return the spaces that the training data of a modality is embedded in."""
+        return [space for space, leaf in self.leaves.items() if modality in (self.overlap, leaf)]
+
+    def _check_stores(self, modality: str) -> None:
+        specs: list[DataSpec] = getattr(self, modality)
+        given = next((spec for spec in specs if spec.stores is not None), None)
+        if given is None or given.stores is None:
+            return
+        if len(specs) > 1:
+            raise ValueError(
+                f"{modality} has {len(specs)} entries and one of them stores, which hold all items of a modality. "
+                "Leave one entry."
+            )
+        spaces = self.spaces_of(modality)
+        for space in given.stores:
+            if space not in spaces:
+                raise ValueError(
+                    f"{modality} has a store of {space!r}, expected of {' and '.join(spaces)}, in which it is "
+                    "embedded. Remove it."
+                )
+        missing = [space for space in spaces if space not in given.stores]
+        if missing and not given.has_items:
+            raise ValueError(
+                f"{modality} has no store of {' and '.join(missing)}, and no items to embed. Name a folder, table or "
+                "data set of them, or a store."
+            )
 
 
 def _is_bridge(bridge: Any, sources: Collection[str]) -> bool:

@@ -28,7 +28,7 @@ from .manifest import (
     receipt_numbers,
     shard_names,
 )
-from .places import LocalPlace, Place, pinned_address, place
+from .places import HubPlace, LocalPlace, Place, RemotePlace, place, place_to_read
 
 REJECTS = "rejects.jsonl"
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -72,7 +72,9 @@ class EmbeddingStore:
         self.shard_rows = description.shard_rows
         self.data_fingerprint = description.data_fingerprint
         self.complete = complete
-        self._description = description
+        self.found_complete = complete
+        self.completed_here = False
+        self.description = description
         self._shards = list(shards)
         self._pending: list[torch.Tensor] = []
         self._pending_keys: list[str] = []
@@ -149,13 +151,14 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> EmbeddingStore:
-        """Open a complete store to read; one on the Hub at the commit of now.
+        """Open a complete store to read; one on the Hub, `hf://datasets/ORG/NAME`, at the commit of now.
 
         Checks that every file is there and that dtype and shape agree with the manifest; contents are checked when
-        they are read.
-        Raises ValueError if the folder is missing, holds no store, or holds a damaged or incomplete one.
+        they are read, and so is all of one on the Hub.
+        Raises ValueError if the folder is missing, holds no store, or holds a damaged or incomplete one; OSError if
+        the Hub cannot be reached or does not show it.
         """
-        there = place(pinned_address(os.fspath(folder)))
+        there = place_to_read(folder)
         if not there.has(MANIFEST):
             raise ValueError(f"{there} has no {MANIFEST}, expected a folder of embeddings: run embed first.")
         store = cls(there, *parse_manifest(there.read(MANIFEST), str(there)))
@@ -164,6 +167,11 @@ class EmbeddingStore:
             raise ValueError(f"{there} is incomplete, it holds {rows} rows so far: run embed again to go on.")
         store._check_files()
         return store
+
+    @property
+    def shard_records(self) -> list[Shard]:
+        """What the manifest says of each shard."""
+        return list(self._shards)
 
     @property
     def rows(self) -> int:
@@ -214,7 +222,7 @@ class EmbeddingStore:
             content = self.place.read(shard_names(number)[2])
         except FileNotFoundError:
             return None
-        return Receipt.parse(content, number, self._description.digest)
+        return Receipt.parse(content, number, self.description.digest)
 
     def write(
         self,
@@ -236,11 +244,11 @@ class EmbeddingStore:
         if len(keys) + len(rejects) > self.shard_rows:
             raise ValueError(f"Got {len(keys) + len(rejects)} items, expected at most {self.shard_rows} a shard.")
         rows = self._checked(embeds, keys)
-        contents = safetensors.torch.save({"embeds": rows}), _keys_to_parquet(keys)
+        contents = safetensors.torch.save({"embeds": rows}), keys_to_parquet(keys)
         digest, keys_digest = (hashlib.sha256(data).hexdigest() for data in contents)
         receipt = Receipt(number, len(keys), digest, keys_digest, last, rejects)
         names = shard_names(number)
-        for name, data in zip(names, (*contents, receipt.dump(self._description.digest)), strict=True):
+        for name, data in zip(names, (*contents, receipt.dump(self.description.digest)), strict=True):
             self.place.write(name, data)
         return receipt
 
@@ -309,6 +317,8 @@ class EmbeddingStore:
         try:
             found = self.place.sha256(name, digest)
         except OSError as error:
+            if isinstance(self.place, RemotePlace) and not isinstance(error, FileNotFoundError):
+                raise  # Of the network, which does no damage.
             raise self._damaged(name, f"cannot be read ({error})") from error
         if found != digest:
             raise self._damaged(name, "does not have the sha256 of the manifest")
@@ -358,7 +368,7 @@ class EmbeddingStore:
                 there = parse_manifest(self.place.read(MANIFEST), str(self.place))
             except FileNotFoundError:
                 there = None
-            if there != (self._description, [], False) or self.place.has(shard_names(number)[2]):
+            if there != (self.description, [], False) or self.place.has(shard_names(number)[2]):
                 raise ValueError(
                     f"{self.folder} was changed by another process since this one opened it. Let one process at a "
                     "time write, and run again to go on behind its last shard."
@@ -374,7 +384,7 @@ class EmbeddingStore:
         numbers = self.numbers()
         contents = self.place.read_all([shard_names(number)[2] for number in numbers])
         parsed = (
-            Receipt.parse(contents[name], number, self._description.digest)
+            Receipt.parse(contents[name], number, self.description.digest)
             for number in numbers
             if (name := shard_names(number)[2]) in contents
         )
@@ -383,7 +393,7 @@ class EmbeddingStore:
     def is_complete_by_now(self) -> bool:
         """Look at the manifest again, which another process may have completed."""
         found, shards, complete = parse_manifest(self.place.read(MANIFEST), str(self.place))
-        if complete and found == self._description:
+        if complete and found == self.description:
             self._shards, self.complete = shards, True
         return self.complete
 
@@ -395,8 +405,8 @@ class EmbeddingStore:
         rejects = [reject for receipt in found for reject in receipt.rejects]
         if rejects:
             self.place.write(REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
-        self.place.write(MANIFEST, dump_manifest(self._description, shards, complete=True))
-        self._shards, self.complete = shards, True
+        self.place.write(MANIFEST, dump_manifest(self.description, shards, complete=True))
+        self._shards, self.complete, self.completed_here = shards, True, True
         self._remove_receipts()
 
     def _remove_receipts(self) -> None:
@@ -406,6 +416,8 @@ class EmbeddingStore:
         self.place.remove_leftovers()
 
     def _check_files(self) -> None:
+        if isinstance(self.place, HubPlace):
+            return  # A file is asked for when it is read: what was read before needs no network then.
         names = self.place.names()
         for shard in self._shards:
             for name in (shard.file, shard.keys_file):
@@ -429,7 +441,10 @@ class EmbeddingStore:
         return embeds
 
     def _damaged(self, name: str, reason: str) -> ValueError:
-        return ValueError(f"{self.folder}/{name} {reason}: delete {self.folder} and run embed again.")
+        remedy = f"delete {self.folder} and run embed again"
+        if isinstance(self.place, HubPlace):
+            remedy = "name another revision of it, or let its owner push it again"
+        return ValueError(f"{self.folder}/{name} {reason}: {remedy}.")
 
 
 def _without_gaps(found: Sequence[Receipt]) -> bool:
@@ -463,7 +478,8 @@ def _check_key(key: object) -> None:
         raise ValueError(f"Key {key!r} is not valid Unicode ({error.reason}): rename the file or the row.") from error
 
 
-def _keys_to_parquet(keys: Sequence[str]) -> bytes:
+def keys_to_parquet(keys: Sequence[str]) -> bytes:
+    """Return the content of a file of keys."""
     pa, pq = _import_parquet()
     table = pa.table({"key": pa.array(keys, pa.string())})
     sink = pa.BufferOutputStream()

@@ -103,7 +103,8 @@ class ConnectorArguments:
 
     stores: list[str] = field(
         metadata={
-            "help": "Embedding stores of row-aligned items, in any order: native overlap pair and pseudo leaf pair."
+            "help": "Embedding stores of row-aligned items, folders or addresses such as hf://datasets/ORG/NAME, in "
+            "any order: native overlap pair and pseudo leaf pair."
         }
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})

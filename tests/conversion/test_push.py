@@ -27,21 +27,6 @@ COMMIT = rf"POST /api/models/{NAME}/commit/main"
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with LocalHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        huggingface_hub.close_session()
-        yield hub
-        huggingface_hub.close_session()
-
-
-@pytest.fixture
 def waits(monkeypatch):
     """The seconds that the client would have waited between its tries."""
     seconds = []

@@ -1,9 +1,11 @@
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
+from cmcr_hf.training import data
 from cmcr_hf.training.data import Items
 from cmcr_hf.training.recipe import DataSpec
 
@@ -551,3 +554,78 @@ def test_a_folder_behind_an_address_is_read_like_one_at_hand(tmp_path):
 def test_an_address_without_files_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"There are no audio items in file://.*nothing"):
         Items([DataSpec(folder=f"file://{tmp_path / 'nothing'}")], "audio", tmp_path)
+
+
+# Tables and files behind addresses
+
+
+@pytest.fixture
+def bucket():
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/bucket/captions.csv", b"text,file\na dog,dog.png\na cat,cat.png\n")
+    for name in ("dog", "cat"):
+        files.pipe_file(f"/bucket/photos/{name}.png", name.encode())
+    yield "memory://bucket"
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_table_at_an_address_has_the_items_of_a_file(bucket, tmp_path):
+    (tmp_path / "captions.csv").write_text("text,file\na dog,dog.png\na cat,cat.png\n")
+    there, here = texts(tmp_path, table=f"{bucket}/captions.csv"), texts(tmp_path, table="captions.csv")
+    assert list(there) == list(here)
+    assert there.fingerprint == here.fingerprint
+    assert [item.key for item in there] == ["captions.csv/0/text", "captions.csv/1/text"]
+
+
+@pytest.mark.parametrize("table", ["memory://bucket/captions.csv", "here.csv"])
+def test_the_files_of_a_table_are_fetched_from_an_address(bucket, tmp_path, table):
+    (tmp_path / "here.csv").write_text("text,file\na dog,dog.png\na cat,cat.png\n")
+    spec = DataSpec(table=table, column="file", files=f"{bucket}/photos", label="text")
+    items = list(Items([spec], "image", tmp_path))
+    assert [(item.key, item.label, item.value.path, item.value.fetch()) for item in items] == [
+        ("dog.png", "a dog", "memory://bucket/photos/dog.png", b"dog"),
+        ("cat.png", "a cat", "memory://bucket/photos/cat.png", b"cat"),
+    ]
+
+
+def test_the_files_of_a_table_at_an_address_lie_beside_it(bucket, tmp_path):
+    items = list(Items([DataSpec(table=f"{bucket}/captions.csv", column="file")], "image", tmp_path))
+    assert items[0].value.path == "memory://bucket/dog.png"
+    with pytest.raises(ValueError, match=r"There is no file memory://bucket/dog\.png\. Check the table"):
+        items[0].value.fetch()
+
+
+def test_a_table_at_an_address_that_is_missing_or_too_large_is_named(bucket, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"Cannot read the table memory://bucket/none\.csv"):
+        texts(tmp_path, table=f"{bucket}/none.csv")
+    monkeypatch.setattr(data, "MAX_TABLE_BYTES", 37)
+    with pytest.raises(ValueError, match=r"captions\.csv: it has 38 bytes, expected at most 37 in memory: read it as"):
+        texts(tmp_path, table=f"{bucket}/captions.csv")
+
+
+def test_a_table_on_the_hub_and_its_files_are_those_of_one_commit(hub, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "captions.csv").write_text("text,file\na dog,dog.png\n")
+    (tmp_path / "set" / "dog.png").write_bytes(b"dog")
+    commit = hub.add("datasets/org/set", tmp_path / "set")
+    items = Items([DataSpec(table="hf://datasets/org/set/captions.csv", column="file")], "image", tmp_path)
+    (tmp_path / "set" / "dog.png").write_bytes(b"another")
+    hub.add("datasets/org/set", tmp_path / "set")
+    (item,) = items
+    assert item.value.path == f"hf://datasets/org/set@{commit}/dog.png"
+    assert item.value.fetch() == b"dog"
+    assert next(iter(texts(tmp_path, table="hf://datasets/org/set/captions.csv"))).key == "captions.csv/0/text"
+
+
+def test_the_names_of_many_files_take_little_memory(tmp_path):
+    rows = 20_000
+    lines = "".join(f"{row // 1000:04d}/{row:09d}.jpg\n" for row in range(rows))
+    (tmp_path / "files.csv").write_text("file\n" + lines)
+    tracemalloc.start()
+    try:
+        items = Items([DataSpec(table="files.csv")], "image", tmp_path, strict=False)
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(items) == rows
+    assert kept < 150 * rows

@@ -20,7 +20,7 @@ from transformers import CLIPModel
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.training import embed as embedding
-from cmcr_hf.training.data import Items
+from cmcr_hf.training.data import Item, Items
 from cmcr_hf.training.embed import embed, encode_features, encode_items, source_record
 from cmcr_hf.training.recipe import DataSpec
 from cmcr_hf.training.store import EmbeddingStore
@@ -197,8 +197,11 @@ def test_an_unreadable_cell_of_a_data_set_is_named_by_its_row(clip, processor, t
     write_images(tmp_path / "images")
     items = Items([DataSpec(folder="images")], "image", tmp_path)
     # The cells of a data set are bytes, which have no name of their own.
-    for row, item in enumerate(items):
-        item.key, item.value = f"set/train/{row}/image", b"no image" if row == 2 else item.value.read_bytes()
+    cells = [
+        Item(f"set/train/{row}/image", b"no image" if row == 2 else item.value.read_bytes())
+        for row, item in enumerate(items)
+    ]
+    monkeypatch.setattr(items._parts[0], "read", lambda first, stop, start=0: iter(cells[first + start : stop]))
     with pytest.raises(ValueError, match=r"Cannot read the image.* \(item 'set/train/2/image'\)"):
         run(clip, processor, items, tmp_path / "store", batch_size=32)
 

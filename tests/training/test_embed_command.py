@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tarfile
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
 
 from cmcr_hf.cli import main
 from cmcr_hf.training.store import EmbeddingStore
+from tests.hub_server import READER
 
 
 def run(*arguments):
@@ -76,6 +78,24 @@ def test_a_table_of_texts_becomes_a_store(tiny_clap, tmp_path):
     assert (store.rows, store.dim, store.space, store.modality) == (2, 16, "clap", "text")
 
 
+def test_a_table_and_its_pictures_behind_addresses_become_a_store(pictures, tiny_clip, tmp_path):
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/photos/list.csv", b"file\n3.png\ngone.png\n0.png\n")
+    for row in (0, 3):
+        files.pipe_file(f"/photos/{row}.png", (pictures / f"{row}.png").read_bytes())
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image"]
+    try:
+        assert run("--data", "memory://photos/list.csv", *options, "--output", tmp_path / "there") == 0
+    finally:
+        files.rm("/photos", recursive=True)
+    (pictures / "list.csv").write_text("file\n3.png\n0.png\n")
+    assert run("--data", pictures / "list.csv", *options, "--output", tmp_path / "here") == 0
+    there, here = (EmbeddingStore.open(tmp_path / name) for name in ("there", "here"))
+    assert there.keys() == here.keys() == ["3.png", "0.png"]
+    torch.testing.assert_close(there.tensor(), here.tensor(), atol=1e-6, rtol=0)
+    assert "There is no file memory://photos/gone.png" in (tmp_path / "there" / "rejects.jsonl").read_text()
+
+
 def test_webdataset_tars_become_a_store(pictures, tiny_clip, tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -104,6 +124,47 @@ def test_a_source_that_lacks_the_modality_is_named(pictures, tiny_clap, tmp_path
     options = ["--source", tiny_clap, "--space", "clap", "--modality", "image", "--output", tmp_path / "store"]
     assert run("--data", pictures, *options) == 1
     assert "is a ClapModel, which embeds no image" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def commits_of(hub):
+    return [request for request in hub.requests if request.startswith("POST") and "/commit/" in request]
+
+
+@pytest.mark.parametrize("share", ["0/1", "1/2"])
+def test_the_process_that_completes_a_store_pushes_it(hub, pictures, tiny_clip, tmp_path, capsys, share):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    options += ["--data", pictures, "--push", "org/pictures", "--licence", "cc0-1.0", "--private"]
+    assert run(*options, "--share", share) == 0
+    repository = hub.repositories["datasets/org/pictures"]
+    assert repository.hidden
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/datasets/org/pictures/commit/{repository.head}"
+    assert b"license: cc0-1.0" in repository.files["README.md"]
+    assert str(tiny_clip.parent).encode() not in repository.files["README.md"]
+    # The others find it complete.
+    assert len(commits_of(hub)) == 1
+    assert run(*options, "--share", "2/3") == 0
+    assert len(commits_of(hub)) == 1
+    # And the first of them goes on where a push broke.
+    del hub.repositories["datasets/org/pictures"]
+    assert run(*options, "--share", "0/3") == 0
+    assert torch.equal(
+        EmbeddingStore.open("hf://datasets/org/pictures").tensor(), EmbeddingStore.open(tmp_path / "store").tensor()
+    )
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_work(hub, pictures, tiny_clip, tmp_path, monkeypatch, capsys):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    options += ["--data", pictures]
+    assert run(*options, "--push", "org/a b") == 1
+    assert "Expected a repository as ORG/NAME" in capsys.readouterr().err
+    assert run(*options, "--push", "org/pictures", "--licence", "My Own") == 1
+    assert "Expected a licence of lower-case letters" in capsys.readouterr().err
+    assert run(*options, "--private") == 1
+    assert "Name the data set with --push ORG/NAME" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert run(*options, "--push", "org/pictures") == 1
+    assert "Your token may read alone" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 

@@ -193,3 +193,37 @@ def test_source_folders_are_found_beside_the_recipe(tmp_path, monkeypatch):
 def test_a_data_entry_made_in_python_is_checked_too():
     with pytest.raises(ValueError, match="exactly one of folder, table and dataset"):
         DataSpec()
+
+
+# Stores
+
+
+def stores(text, image="[{folder: images}]"):
+    return MINIMAL.replace("[{table: texts.csv, column: text}]", text).replace("[{folder: images}]", image)
+
+
+def test_stores_may_take_the_place_of_items(tmp_path):
+    both = "[{stores: {clip: hf://datasets/org/a, clap: stores/b}, licence: cc0-1.0}]"
+    recipe = load_recipe(write(tmp_path, stores(both, "[{folder: images, stores: {clip: c}}]")))
+    assert recipe.text[0].stores == {"clip": "hf://datasets/org/a", "clap": "stores/b"}
+    assert (recipe.text[0].has_items, recipe.image[0].has_items) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{stores: {clip: a}}]", "text has no store of clap, and no items to embed"),
+        ("[{stores: {clip: a, clap: b}}, {table: t.csv}]", "text has 2 entries and one of them stores"),
+        ("[{stores: {clip: a, ulip: b}}]", "text has a store of 'ulip', expected of clip and clap"),
+        ("[{stores: {}}]", "text[0]: expected stores as {space: folder or address}"),
+        ("[{stores: {clip: a, clap: b}, limit: 5}]", "text[0]: limit does not go with stores, which takes no other"),
+        ("[{stores: [a, b]}]", "expected text[0].stores to be a mapping"),
+    ],
+)
+def test_stores_that_cannot_be_used_are_refused(tmp_path, text, message):
+    assert message in refusal(write(tmp_path, stores(text)))
+
+
+def test_items_to_evaluate_with_come_from_no_store(tmp_path):
+    evaluate = "evaluate: {image: {folder: a, label: stem, stores: {clip: b}}, audio: {folder: c, label: stem}}\n"
+    assert "evaluate: image has stores, expected items" in refusal(write(tmp_path, MINIMAL + evaluate))
