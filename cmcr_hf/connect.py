@@ -392,9 +392,11 @@ def _differing(there: dict[str, str], here: dict[str, str]) -> list[str]:
     if names[0] != names[1] and not all(folders):
         found.append(f"id {names[0]!r} and not {names[1]!r}")
     revisions = [record["revision"] for record in (there, here)]
-    if folders[0] == folders[1] and "main" not in revisions and revisions[0] != revisions[1]:
-        found.append(f"revision {revisions[0][:12]} and not {revisions[1][:12]}")
-    if there["config_hash"] != here["config_hash"]:
+    if folders[0] == folders[1] and "main" not in revisions:
+        # It tells the weights. A configuration tells less, and changes with the dtype and the version of its library.
+        if revisions[0] != revisions[1]:
+            found.append(f"revision {revisions[0][:12]} and not {revisions[1][:12]}")
+    elif there["config_hash"] != here["config_hash"]:
         found.append(f"config_hash {there['config_hash'][:12]} and not {here['config_hash'][:12]}")
     return found
 

@@ -717,7 +717,7 @@ def restate(store, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config_hash": "0" * 64}, r"it has the config_hash 000000000000 and not"),
+        ({"revision": "0" * 40, "config_hash": "0" * 64}, r"it has the config_hash 000000000000 and not"),
         ({"revision": "0" * 64}, r"it has the revision 000000000000 and not"),
         ({"id": "org/other", "revision": "0" * 40}, r"it has the id 'other' and not 'clip'\. Name 'org/other' at rev"),
     ],
@@ -731,9 +731,12 @@ def test_a_store_of_another_source_is_refused_before_any_work(finished, recipe, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_store_of_a_copy_of_a_source_on_the_hub_is_taken(finished, recipe, data, tmp_path):
+@pytest.mark.parametrize("changes", [{"id": "org/clip", "revision": "0" * 40}, {"config_hash": "0" * 64}])
+def test_a_store_of_the_same_weights_is_taken_under_another_name_or_configuration(
+    finished, recipe, data, tmp_path, changes
+):
     stores = local_stores(finished)
-    image = restate(stores["clip-image"], tmp_path / "images", id="org/clip", revision="0" * 40)
+    image = restate(stores["clip-image"], tmp_path / "images", **changes)
     given = replace(recipe, image=[DataSpec(stores={"clip": image})], evaluate=None)
     assert equal(connect(given, tmp_path / "run", data).training_embeds(), finished.training_embeds())
 

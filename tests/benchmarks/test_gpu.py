@@ -21,6 +21,7 @@ def test_without_a_gpu_it_ends_with_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_table_can_be_rehearsed_on_a_cpu(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "Worker", Here)
     monkeypatch.setattr(gpu, "measure_apart", lambda name, argv, timeout: report.measure(name, argv))
