@@ -11,12 +11,14 @@ import torch
 
 # Frames computed at once: what is between the steps stays in the processor's cache, and a frame goes through kernels
 # of one size, whatever the length of its clip.
-BLOCK = 128
+BLOCK = 256
+# The same of frames that are transformed anew: mostly few or none.
+FEW = 64
 # Neighbouring filters in one product: of all of them, most weights are zero.
 BAND = 16
 # By how much rounding in float32 moves small amplitudes of the spectrum at most, as a share of the frame's norm:
 # mostly by 1e-7, but where a pure tone is mirrored, at half the rate less its frequency, by ten times as much.
-ROUNDING = 1e-6
+ROUNDING = 2e-6
 # By how many dB a transform in float32 may move a value of the log-mel.
 TOLERANCE = 0.02
 FLOOR = 1e-10
@@ -63,25 +65,28 @@ def log_mel(waveform: torch.Tensor, extractor: Any, dtype: torch.dtype = torch.f
 def _mel(
     frames: torch.Tensor, window: torch.Tensor, bands: Any, bins: int, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mel powers, `(frames, bins)`, and the norms of the windowed frames, or of the given rows of them.
+    """Return the mel powers, `(frames, bins)` float32, of frames or of the given rows of them.
 
-    The transform and the norms are in the type of the window, the powers in float32.
+    The transform is in the type of the window. So are the norms of the windowed frames, which come second; for given
+    rows they are left open.
     """
     low, high, products = bands
     count, dtype, device = len(frames) if rows is None else len(rows), window.dtype, window.device
+    size = BLOCK if rows is None else FEW
     mel = torch.empty(count, bins, device=device)
     norms = torch.empty(count, dtype=dtype, device=device)
-    block = torch.zeros(BLOCK, len(window), dtype=dtype, device=device)
-    squares = torch.empty(BLOCK, high - low, 2, device=device)
+    block = torch.zeros(size, len(window), dtype=dtype, device=device)
+    squares = torch.empty(size, high - low, 2, device=device)
     flat = squares.flatten(1)
-    sums = torch.empty(BLOCK, bins, device=device)
+    sums = torch.empty(size, bins, device=device)
     parts = [(flat[:, part], weights, sums[:, columns]) for part, columns, weights in products]
-    for first in range(0, count, BLOCK):
-        some = min(BLOCK, count - first)
+    for first in range(0, count, size):
+        some = min(size, count - first)
         stop = first + some
         piece = frames[first:stop] if rows is None else frames.index_select(0, rows[first:stop])
         torch.mul(piece, window, out=block[:some])
-        torch.linalg.vector_norm(block[:some], dim=1, out=norms[first:stop])
+        if rows is None:
+            torch.linalg.vector_norm(block[:some], dim=1, out=norms[first:stop])
         squares.copy_(torch.view_as_real(torch.fft.rfft(block))[:, low:high]).square_()
         for part, weights, out in parts:
             torch.mm(part, weights, out=out)
