@@ -172,8 +172,8 @@ def _fuse(clip: AudioClip, extractor: Any, total: int, frames: int) -> np.ndarra
     size, rest = divmod(total - frames + 1, 3)
     thirds = [size + (third < rest) for third in range(3)]
     starts = [sum(thirds[:third]) + (thirds[third] - 1) // 2 if thirds[third] else 0 for third in range(3)]
-    # The whole is shrunken as `torch.nn.functional.interpolate(mode="bilinear")` does it, with its roundings. Without
-    # antialiasing, that takes two frames for one, and so a small part of the log-mel of a long clip.
+    # The whole is shrunken as `torch.nn.functional.interpolate(mode="bilinear")` does it. Without antialiasing, that
+    # takes two frames for one, and so a small part of the log-mel of a long clip.
     scale = np.float32(total) / np.float32(frames)
     places = (np.float64(scale) * (np.arange(frames) + 0.5) - 0.5).astype(np.float32).clip(0)
     below = np.minimum(places.astype(np.int64), total - 1)
@@ -187,7 +187,7 @@ def _fuse(clip: AudioClip, extractor: Any, total: int, frames: int) -> np.ndarra
     low, high = (mel[np.searchsorted(needed, wanted)] for wanted in (below, above))
     share = (places - below.astype(np.float32)).clip(0, 1)[:, None]
     channels = np.empty((4, *low.shape), np.float32)
-    channels[0] = (share * high).astype(np.float64) + (1 - share).astype(np.float64) * low
+    torch.lerp(*map(torch.from_numpy, (low, high, share)), out=torch.from_numpy(channels[0]))
     for channel, start in zip(channels[1:], np.searchsorted(needed, starts), strict=True):
         channel[:] = mel[start : start + frames]
     return channels
@@ -200,9 +200,10 @@ def _frames(clip: AudioClip, extractor: Any, needed: np.ndarray) -> np.ndarray:
     firsts = [max(0, int(run[0]) - margin) for run in runs]
     stops = [min(clip.samples, (int(run[-1]) + margin) * hop) for run in runs]
     waveforms = clip.read([(first * hop, stop) for first, stop in zip(firsts, stops, strict=True)])
-    # The frames of the margins lack samples, save at the two ends of the clip, where the extractor reflects it.
-    mels = [
-        _log_mel(waveform, extractor)[run - first]
-        for run, first, waveform in zip(runs, firsts, waveforms, strict=True)
-    ]
-    return np.concatenate(mels)
+    mels = np.empty((len(needed), extractor.feature_size), np.float32)
+    row = 0
+    for run, first, waveform in zip(runs, firsts, waveforms, strict=True):
+        # The frames of the margins lack samples, save at the two ends of the clip, where the extractor reflects it.
+        np.take(_log_mel(waveform, extractor), run - first, axis=0, out=mels[row : row + len(run)], mode="clip")
+        row += len(run)
+    return mels
