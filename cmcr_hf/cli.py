@@ -159,18 +159,25 @@ def _shared(arguments: argparse.Namespace) -> tuple[tuple[int, int], str]:
     """Return the share and the device that are asked for, or that a launcher gives the process."""
     import torch
 
-    share, device = arguments.share or (0, 1), arguments.device
-    if arguments.share is None and "RANK" in os.environ:
-        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return share, _device(device)
+    share, device = arguments.share, arguments.device
+    if share is None and "RANK" in os.environ:
+        try:
+            share = _share(f"{os.environ['RANK']}/{os.environ.get('WORLD_SIZE', '')}")
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"RANK/WORLD_SIZE in the environment: {error}. Correct or unset them.") from error
+    local = os.environ.get("LOCAL_RANK", "")
+    if device is None and local.isdecimal() and torch.cuda.is_available():
+        device = f"cuda:{int(local) % torch.cuda.device_count()}"
+    return share or (0, 1), _device(device)
 
 
 def _check_output(output: str) -> None:
     from .output import check_writable
-    from .training.places import is_address
+    from .training.places import is_address, place
 
+    if output.startswith("memory:"):
+        raise ValueError(f"What is written to {output} ends with the command. Name a folder or another address.")
+    place(output)
     if not is_address(output):
         check_writable(Path(output))
 
@@ -189,7 +196,7 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 Processes that share a data set need nothing but the same --output: each embeds its share, then what the others have
 not come to, and the last one completes the store. Any of them may be stopped and started again, with another number
-of shares too.""",
+of shares too. With one --batch-size for all, the bytes are those of a single process.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -213,7 +220,9 @@ of shares too.""",
         "--output", required=True, metavar="DIR", help="folder of the store, or an address such as s3://BUCKET/FOLDER"
     )
     parser.add_argument(
-        "--column", action="append", help="column of a table or data set; give it several times for several"
+        "--column",
+        action="append",
+        help="column of a table or data set, of WebDataset tars the suffix of the files (jpg); several times for several",
     )
     parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
     parser.add_argument("--config", help="of a data set")

@@ -42,7 +42,7 @@ from .training.embed import embed, source_record
 from .training.manifest import SHA256
 from .training.places import HUB_ADDRESS, is_address
 from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
-from .training.store import EmbeddingStore
+from .training.store import EmbeddingStore, check_same_keys
 from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector
 
 _RUN = re.compile("_runtime$|_per_second$")
@@ -214,7 +214,7 @@ def connect(
             _check_training(recipe, banks[space].rows)
         if given:
             # Known of streamed items only now.
-            _check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
+            check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
         memories = {space: trained_on(space, modality) for space, modality in leaves.items()}
         stores = [*banks.values(), *(aggregated(banks[space], memories[space]) for space in leaves)]
         trained = _train(recipe, model.config, stores, folder / "train", device, report)
@@ -350,21 +350,10 @@ def _check_rows(given: dict[tuple[str, str], EmbeddingStore], data: dict[str, It
     for (_, modality), store in given.items():
         items = data.get(modality)
         if modality in first:
-            _check_same_keys(*((str(part.folder), part.keys()) for part in (first[modality], store)))
+            check_same_keys(*((str(part.folder), part.keys()) for part in (first[modality], store)))
         elif items is not None and len(items):
-            _check_same_keys((str(store.folder), store.keys()), ("the items", [item.key for item in items]))
+            check_same_keys((str(store.folder), store.keys()), ("the items", [item.key for item in items]))
         first.setdefault(modality, store)
-
-
-def _check_same_keys(here: tuple[str, list[str]], there: tuple[str, list[str]]) -> None:
-    """Check that two lists of keys, each with the name of what has them, are equal."""
-    (name, keys), (other, others) = here, there
-    remedy = "Embed the same items in the same order for both."
-    for row, (key, found) in enumerate(zip(keys, others, strict=False)):
-        if key != found:
-            raise ValueError(f"Row {row} of {name} is {key!r}, and of {other} {found!r}. {remedy}")
-    if len(keys) != len(others):
-        raise ValueError(f"{name} has {len(keys)} rows, and {other} {len(others)}. {remedy}")
 
 
 def _check_store(store: EmbeddingStore, identity: str, record: dict[str, str], dim: int) -> None:

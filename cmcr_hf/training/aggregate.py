@@ -77,8 +77,8 @@ def aggregate(
     Returns:
         (n, width), float32 (float64 if an input is and no dtype is named), on the device of the queries.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a number above 0.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a finite number above 0.")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}, expected torch.bfloat16 or None: leave it out for float32.")
     device = queries.device

@@ -92,7 +92,7 @@ def aggregate_stores(
         pseudo = aggregate(
             torch.cat([_rows(queries, part) for part in rows]).to(device),
             memory,
-            values,
+            None if values is None else _cut_alike(values, memory),
             temperature=temperature,
             dtype=dtype,
             normalize=True,
@@ -101,7 +101,8 @@ def aggregate_stores(
         for number, part, embeds in zip(walk, rows, pseudo.split(PSEUDO_SHARD_ROWS), strict=True):
             if share[1] == 1 or store.written((number,)) is None:
                 store.write((number,), embeds, keys[part.start : part.stop])
-    store.complete_if_whole(shards)
+    if not store.complete_if_whole(shards) and share[1] == 1:
+        raise ValueError(f"Shards of {store.folder} were removed while it was written. Run again to go on.")
     return store
 
 
@@ -113,13 +114,24 @@ def _walks(store: EmbeddingStore, shards: int, at_once: int, share: tuple[int, i
     others = sorted(set(range(shards)) - set(own), reverse=True)
     for numbers in (own, others):
         while not (ranks > 1 and store.is_complete_by_now()):
-            there = {number[0] for number in store.numbers()}
+            there = {receipt.number[0] for receipt in store.receipts()}
             numbers = [number for number in numbers if number not in there]
             walk, numbers = numbers[:at_once], numbers[at_once:]
             if not walk:
                 break
             # The last of all is shorter, and what follows it would be cut elsewhere.
             yield sorted(walk)
+
+
+def _cut_alike(store: EmbeddingStore, other: EmbeddingStore) -> Iterator[Tensor]:
+    """Yield the rows of a store in shards of the row counts of another one's."""
+    rest, start = store.shards(), 0
+    waiting = torch.empty(0, store.dim)
+    for shard in other.shard_records:
+        while len(waiting) - start < shard.rows:
+            waiting, start = torch.cat([waiting[start:], next(rest).float()]), 0
+        yield waiting[start : start + shard.rows]
+        start += shard.rows
 
 
 def _rows(store: EmbeddingStore, rows: range) -> Tensor:

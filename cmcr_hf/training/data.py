@@ -9,13 +9,13 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
-from .places import HUB_DATASETS, RemotePlace, hub_commit, is_address, pinned_address
+from .places import HUB_DATASETS, RemotePlace, hub_commit, is_address, named_network_errors, pinned_address
 from .recipe import DataSpec
 
 SUFFIXES = {
@@ -153,10 +153,11 @@ def _list_address(spec: DataSpec, modality: str) -> _Listed:
     _check_folder_options(spec, modality, folder)
     address = pinned_address(folder)
     try:
-        files, base = fsspec.url_to_fs(address)
-        found = files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"Cannot list {folder}: {error}. Check the address and the network.") from error
+        with named_network_errors(folder):
+            files, base = fsspec.url_to_fs(address)
+            found = files.glob(f"{base}/{spec.pattern or '**'}", detail=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot list {folder}: {error}") from error
     listed = _Listed([], [], [], RemotePlace(address))
     sizes = []
     for name, entry in sorted(found.items()):
@@ -220,7 +221,7 @@ class _Stream:
         described = {key: value for key, value in asdict(spec).items() if key not in ("licence", "note", "stores")}
         self.fingerprint = json.dumps([described, version])
 
-    def _check_columns(self, known: Sequence[str]) -> None:
+    def _check_columns(self, known: Iterable[str]) -> None:
         for column in self._wanted:
             if column not in known:
                 listed = ", ".join(known)
@@ -246,7 +247,7 @@ class _Stream:
         spec = self._spec
         rows = self._rows if self.files == 1 else self._rows.shard(num_shards=self.files, index=file)
         count = 0
-        for index, row in enumerate(rows):
+        for index, row in enumerate(self._named(rows, file)):
             self._check_columns(row)
             if spec.where and any(str(self._cell(row, column)) not in kept for column, kept in spec.where.items()):
                 continue
@@ -263,6 +264,23 @@ class _Stream:
                 if count == spec.limit:
                     return
 
+    def _named(self, rows: Iterable[dict[str, Any]], file: int) -> Iterator[dict[str, Any]]:
+        """Yield rows, and name the file in what the many readers behind `datasets` raise of a damaged one."""
+        place, index = iter(rows), 0
+        while True:
+            try:
+                row = next(place)
+            except StopIteration:
+                return
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise (OSError if isinstance(error, OSError) else ValueError)(
+                    f"Cannot read the data set {self._spec.dataset!r} behind row {index} of file {file + 1} of "
+                    f"{self.files}, in the order of their names: {reason}. Get that file again, or remove it."
+                ) from error
+            yield row
+            index += 1
+
 
 def _located(cell: Any) -> Any:
     """Name the file that a data set only names, on the Hub or in an archive: its URL is of no use to the processor."""
@@ -275,7 +293,7 @@ def _located(cell: Any) -> Any:
 def _fetch(path: str) -> bytes:
     import fsspec
 
-    with fsspec.open(path) as file:
+    with named_network_errors(path), fsspec.open(path) as file:
         data: bytes = file.read()
     return data
 
@@ -427,7 +445,10 @@ def _list_table(spec: DataSpec, modality: str, root: Path) -> _Listed:
             elif isinstance(value, str):
                 listed.keys.append(value)
             else:
-                raise ValueError(f"Expected a file name in {key}, got {value!r:.80}. Name another column.")
+                raise ValueError(
+                    f"Expected a file name in {key}, got {value!r:.80}. Name another column, or, where the items "
+                    "themselves are in the table, pass its folder as a data set."
+                )
             if spec.label:
                 listed.labels.append(_label(columns[spec.label][index]))
     return listed

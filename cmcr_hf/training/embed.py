@@ -27,7 +27,7 @@ from ..modeling.sources_cmcr import normalize, source_features
 from ..modeling.towers_cmcr import split_source
 from .data import Item, Items, Part, RemoteFile
 from .manifest import Number, Receipt
-from .store import EmbeddingStore
+from .store import EmbeddingStore, check_keys
 
 # What an interruption may lose at most, in rows. The same for every batch size, so that a run may go on with another.
 SHARD_ROWS = {"text": 8192, "image": 1024, "audio": 1024, "point_cloud": 128}
@@ -141,7 +141,8 @@ def embed(
                     if progress and share[1] > 1:
                         there = sum(parts[number[0]].size or 0 for number in store.numbers())
                         advance(max(there - bar.n, 0))
-    store.complete_if_whole(len(parts))
+    if not store.complete_if_whole(len(parts)) and share[1] == 1:
+        raise ValueError(f"Shards of {store.folder} were removed while it was written. Run again to go on.")
     return store
 
 
@@ -268,17 +269,21 @@ def _prepare_group(processor: CMCRProcessor, modality: str, space: str, group: _
     if not items:
         return _Batch(group, [], None, [])
     try:
+        check_keys([item.key for item in items])
         return _Batch(group, items, prepare(processor, modality, [item.value for item in items], space), [])
     except ValueError as cause:
         kept: list[Item] = []
         rejects: list[dict[str, str]] = []
         for item in items:
             try:
+                check_keys([item.key])
                 prepare(processor, modality, [item.value], space)
             except ValueError as error:
                 if strict:
                     raise ValueError(f"{error} (item {item.key!r})") from error
-                rejects.append({"key": item.key, "reason": str(error)})
+                # A file name may be no text.
+                key, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (item.key, str(error)))
+                rejects.append({"key": key, "reason": reason})
             else:
                 kept.append(item)
         if not rejects:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..modeling.configuration_cmcr import source_embedding_dim
 from ..modeling.processing_cmcr import CMCRProcessor
 from ..modeling.towers_cmcr import load_source
-from .data import Items, is_table
+from .data import Items, is_table, load_table
 from .embed import embed, encode_features, prepare, source_record
 from .places import is_address
 from .recipe import DataSpec
@@ -74,6 +74,15 @@ def embed_data(
         raise ValueError(
             f"There is no file or folder {data.dataset!r}, and a Hub data set is named OWNER/NAME. Check --data."
         )
+    if data.table is not None and data.column is None:
+        columns = load_table(data.table if is_address(data.table) else root / data.table)
+        if len(columns) > 1:
+            raise ValueError(
+                f"{data.table} has several columns, {', '.join(columns)}. Name that of the items with --column."
+            )
+    if data.dataset is not None and (root / data.dataset).resolve() in Path(folder).absolute().parents:
+        # The rows of the store would be taken for some of the data set.
+        raise ValueError(f"{folder} lies within the data set {data.dataset}. Name an output folder outside of it.")
     items = Items([data], modality, root, strict=strict)
     model, record = load_source(source, revision, [modality], {"dtype": dtype})
     if not hasattr(model, f"get_{modality}_features"):

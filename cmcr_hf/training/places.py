@@ -34,8 +34,17 @@ def place(folder: str | os.PathLike[str]) -> LocalPlace | RemotePlace:
         ValueError: no file system of fsspec's has such addresses, or what it needs is not installed.
     """
     name = os.fspath(folder)
-    if name.startswith("file://"):
-        name = name.removeprefix("file://")
+    if name.startswith("file:"):
+        path = name.removeprefix("file://")
+        if not path.startswith("/"):
+            raise ValueError(
+                f"Expected an address of this machine as file:///FOLDER, got {name!r}. Pass the path alone."
+            )
+        return LocalPlace(Path(path))
+    if is_address(name) and not name.partition("://")[2].strip("/"):
+        raise ValueError(
+            f"The address {name!r} names no folder. Write it as {name.partition('://')[0]}://BUCKET/FOLDER."
+        )
     return RemotePlace(name) if is_address(name) else LocalPlace(Path(name))
 
 
@@ -81,7 +90,12 @@ class LocalPlace:
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is whole under its name, whoever else writes the same one at the same time."""
         own = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
-        write_durably(self.folder / name, data, own)
+        try:
+            write_durably(self.folder / name, data, own)
+        except OSError:
+            # On a full disk, it takes space that is to be freed.
+            own.unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is still there."""
@@ -211,18 +225,20 @@ class RemotePlace:
                 partial.unlink(missing_ok=True)
         return copy
 
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Name the address in what the many clients behind fsspec raise."""
-        try:
-            yield
-        except (FileNotFoundError, ValueError):
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(
-                f"Cannot reach {self._address}: {reason}. Check the address, the access and the network."
-            ) from error
+    def _named_errors(self) -> AbstractContextManager[None]:
+        return named_network_errors(self._address)
+
+
+@contextmanager
+def named_network_errors(address: str) -> Iterator[None]:
+    """Name an address in what the many clients behind fsspec raise."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"Cannot reach {address}: {reason}. Check the address, the access and the network.") from error
 
 
 def _is_written(temporary: Path) -> bool:

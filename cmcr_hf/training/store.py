@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Create a store to write to, or re-open the one of the same description, complete or not.
 
-        A store of another description without a single shard is replaced. Raises ValueError, and touches nothing, if
+        A store of another description without a single row is replaced. Raises ValueError, and touches nothing, if
         the folder holds one with shards or other files, or a damaged shard; OSError if the disk is full or not
         writable.
 
@@ -119,8 +119,14 @@ class EmbeddingStore:
         if store is None:
             there.make()
             store = cls(there, description, [], complete=False)
+            for number in store.numbers():
+                # Of a store without a row.
+                for name in shard_names(number):
+                    there.remove(name)
+            there.remove_leftovers()
             there.write(MANIFEST, dump_manifest(description, [], complete=False))
         elif not store.complete and isinstance(there, LocalPlace):
+            there.remove_leftovers()
             store._verify_all(store._shards[share[0] :: share[1]])
         return store
 
@@ -140,7 +146,7 @@ class EmbeddingStore:
                 else:
                     store._shards = [receipt.shard for receipt in store.receipts()]
                 return store
-            if complete or cls(there, found, [], complete=False).receipts():
+            if complete or any(receipt.rows for receipt in cls(there, found, [], complete=False).receipts()):
                 raise ValueError(
                     f"{there} holds other embeddings: {_difference(found, description)}. Use another folder, or "
                     "delete this one."
@@ -159,9 +165,13 @@ class EmbeddingStore:
         the Hub cannot be reached or does not show it.
         """
         there = place_to_read(folder)
-        if not there.has(MANIFEST):
-            raise ValueError(f"{there} has no {MANIFEST}, expected a folder of embeddings: run embed first.")
-        store = cls(there, *parse_manifest(there.read(MANIFEST), str(there)))
+        try:
+            content = there.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{there} has no {MANIFEST}, expected a folder of embeddings: run embed first."
+            ) from error
+        store = cls(there, *parse_manifest(content, str(there)))
         if not store.complete:
             rows = sum(receipt.rows for receipt in store.receipts())
             raise ValueError(f"{there} is incomplete, it holds {rows} rows so far: run embed again to go on.")
@@ -247,6 +257,8 @@ class EmbeddingStore:
         contents = safetensors.torch.save({"embeds": rows}), keys_to_parquet(keys)
         digest, keys_digest = (hashlib.sha256(data).hexdigest() for data in contents)
         receipt = Receipt(number, len(keys), digest, keys_digest, last, rejects)
+        if self.is_complete_by_now():
+            return receipt  # Another process was quicker.
         names = shard_names(number)
         for name, data in zip(names, (*contents, receipt.dump(self.description.digest)), strict=True):
             self.place.write(name, data)
@@ -260,7 +272,7 @@ class EmbeddingStore:
         """
         of_part: dict[int, list[Receipt]] = {part: [] for part in range(parts)}
         for receipt in self.receipts():
-            of_part[receipt.number[0]].append(receipt)
+            of_part.get(receipt.number[0], []).append(receipt)
         whole = all(found and found[-1].last and _without_gaps(found) for found in of_part.values())
         if self.is_complete_by_now():
             # What was written behind the end of it, which was there already.
@@ -330,8 +342,7 @@ class EmbeddingStore:
             raise ValueError(f"embeds have shape {tuple(embeds.shape)}, expected (n, {self.dim}) for {self.folder}.")
         if len(keys) != len(embeds):
             raise ValueError(f"Got {len(keys)} keys for {len(embeds)} embeddings: pass one key a row.")
-        for key in keys:
-            _check_key(key)
+        check_keys(keys)
         rows = embeds.detach().to("cpu", DTYPES[self.dtype], copy=True)
         deviations = (torch.linalg.vector_norm(rows.float(), dim=1) - 1).abs()
         # A comparison with NaN is false: this refuses NaN and infinity too.
@@ -364,15 +375,8 @@ class EmbeddingStore:
         """Write the next shard in order, and refuse to where another process has, or keeps others out."""
         number = (len(self._shards),)
         with self.place.locked():
-            try:
-                there = parse_manifest(self.place.read(MANIFEST), str(self.place))
-            except FileNotFoundError:
-                there = None
-            if there != (self.description, [], False) or self.place.has(shard_names(number)[2]):
-                raise ValueError(
-                    f"{self.folder} was changed by another process since this one opened it. Let one process at a "
-                    "time write, and run again to go on behind its last shard."
-                )
+            if self.is_complete_by_now() or self.place.has(shard_names(number)[2]):
+                raise self._taken()
             self._shards.append(self.write(number, rows, keys).shard)
 
     def numbers(self) -> list[Number]:
@@ -391,18 +395,33 @@ class EmbeddingStore:
         return [receipt for receipt in parsed if receipt is not None]
 
     def is_complete_by_now(self) -> bool:
-        """Look at the manifest again, which another process may have completed."""
-        found, shards, complete = parse_manifest(self.place.read(MANIFEST), str(self.place))
-        if complete and found == self.description:
+        """Look at the manifest again, which another process may have completed.
+
+        Raises ValueError where another run has taken the folder since.
+        """
+        try:
+            found, shards, complete = parse_manifest(self.place.read(MANIFEST), str(self.place))
+        except FileNotFoundError as error:
+            raise self._taken() from error
+        if found != self.description:
+            raise self._taken()
+        if complete:
             self._shards, self.complete = shards, True
         return self.complete
+
+    def _taken(self) -> ValueError:
+        return ValueError(
+            f"{self.folder} was changed by another process since this one opened it. Let one run at a time write "
+            "there, and run again to go on behind what it has."
+        )
 
     def _complete(self, found: Sequence[Receipt]) -> None:
         """Write the manifest of all shards in place of their receipts."""
         shards = [receipt.shard for receipt in found]
-        if not any(shard.rows for shard in shards):
-            raise ValueError(f"{self.folder} holds no rows, expected at least one: append some before finishing.")
         rejects = [reject for receipt in found for reject in receipt.rejects]
+        if not any(shard.rows for shard in shards):
+            why = f": {rejects[0]['reason']} (item {rejects[0]['key']!r})" if rejects else ", none was given."
+            raise ValueError(f"{self.folder} holds no rows, of {len(rejects)} items{why}")
         if rejects:
             self.place.write(REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
         self.place.write(MANIFEST, dump_manifest(self.description, shards, complete=True))
@@ -447,6 +466,17 @@ class EmbeddingStore:
         return ValueError(f"{self.folder}/{name} {reason}: {remedy}.")
 
 
+def check_same_keys(here: tuple[str, list[str]], there: tuple[str, list[str]]) -> None:
+    """Check that two lists of keys, each with the name of what has them, are equal."""
+    (name, keys), (other, others) = here, there
+    remedy = "Embed the same items in the same order for both."
+    for row, (key, found) in enumerate(zip(keys, others, strict=False)):
+        if key != found:
+            raise ValueError(f"Row {row} of {name} is {key!r}, and of {other} {found!r}. {remedy}")
+    if len(keys) != len(others):
+        raise ValueError(f"{name} has {len(keys)} rows, and {other} {len(others)}. {remedy}")
+
+
 def _without_gaps(found: Sequence[Receipt]) -> bool:
     """Return whether the receipts of a part, in order, are those of its only shard, or of all up to the last."""
     return [receipt.number[1:] for receipt in found] in ([()], [(index,) for index in range(len(found))])
@@ -469,13 +499,17 @@ def _short(value: object) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1", repr(value))
 
 
-def _check_key(key: object) -> None:
-    if not isinstance(key, str):
-        raise ValueError(f"Key {key!r} is a {type(key).__name__}, expected a string.")
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"Key {key!r} is not valid Unicode ({error.reason}): rename the file or the row.") from error
+def check_keys(keys: Iterable[object]) -> None:
+    """Check that keys are strings that can be written as UTF-8; ValueError names the first that is none."""
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(f"Key {key!r} is a {type(key).__name__}, expected a string.")
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Key {key!r} is not valid Unicode ({error.reason}): rename the file or the row."
+            ) from error
 
 
 def keys_to_parquet(keys: Sequence[str]) -> bytes:

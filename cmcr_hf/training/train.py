@@ -59,7 +59,7 @@ from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
 from .distributed import join_ranks, one_batch_of_all_ranks
-from .store import EmbeddingStore
+from .store import EmbeddingStore, check_same_keys
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
 MAX_METRIC_ROWS = 5000
@@ -308,7 +308,8 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
     """Return stores as `{"{space}_{modality}": store}`: of each bridge the native pair first, then the pseudo pair.
 
     Raises:
-        ValueError: a store is missing, there twice, of another space or width, or of another source than its space.
+        ValueError: a store is missing, there twice, of another space or width, of other items than the others, or of
+            another source than its space.
     """
     wanted = []
     for space_a, space_b, overlap in config.bridges or []:
@@ -332,6 +333,9 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
             raise ValueError(
                 f"{store.folder} comes from another source than the other store of {store.space}. Embed both with one."
             )
+    keys = stores[0].keys()
+    for store in stores[1:]:
+        check_same_keys((str(stores[0].folder), keys), (str(store.folder), store.keys()))
     return {name: by_name[name] for name in dict.fromkeys(names)}
 
 

@@ -111,6 +111,33 @@ def test_values_of_another_space_are_averaged_under_the_weights_of_the_memory(
     torch.testing.assert_close(pseudo.tensor().double(), expected, atol=5e-6, rtol=0)
 
 
+def test_values_may_be_cut_otherwise_than_the_memory(
+    tmp_path: Path, stores: tuple[EmbeddingStore, EmbeddingStore]
+) -> None:
+    one, other = (random_store(tmp_path / str(rows), 30, 6, rows, space="clap") for rows in (7, 11))
+    for values, name in ((one, "alike"), (other, "otherwise")):
+        aggregate_stores(*stores, tmp_path / name, values=values, temperature=0.1, budget=0)
+    found, expected = (EmbeddingStore.open(tmp_path / name).tensor() for name in ("otherwise", "alike"))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", None])
+def test_a_shard_whose_receipt_is_damaged_is_written_again(
+    tmp_path: Path,
+    stores: tuple[EmbeddingStore, EmbeddingStore],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: bytes | None,
+) -> None:
+    aggregate_stores(*stores, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingStore, "complete_if_whole", lambda store, shards: True)
+        aggregate_stores(*stores, tmp_path / "damaged")
+    receipt = tmp_path / "damaged" / "shard-00002.json"
+    receipt.write_bytes((tmp_path / "damaged" / "shard-00001.json").read_bytes() if damage is None else damage)
+    assert aggregate_stores(*stores, tmp_path / "damaged").complete
+    assert content(tmp_path / "damaged") == content(tmp_path / "whole")
+
+
 def test_stores_that_do_not_fit_together_are_an_error(
     tmp_path: Path, stores: tuple[EmbeddingStore, EmbeddingStore]
 ) -> None:

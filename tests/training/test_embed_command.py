@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -172,3 +174,81 @@ def test_importing_the_package_changes_no_setting_of_torch():
     code = "import torch; before = torch.get_float32_matmul_precision(); import cmcr_hf, cmcr_hf.training.embed; "
     code += "assert torch.get_float32_matmul_precision() == before == 'highest'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_of_several_columns_wants_one_named(tiny_clap, tmp_path, capsys):
+    (tmp_path / "texts.csv").write_text("id,caption\n1,a dog barks\n")
+    options = ["--source", tiny_clap, "--space", "clap", "--modality", "text", "--output", tmp_path / "store"]
+    assert run("--data", tmp_path / "texts.csv", *options) == 1
+    assert "has several columns, id, caption. Name that of the items with --column" in capsys.readouterr().err
+
+
+def test_a_store_within_its_data_set_is_refused(pictures, tiny_clip, tmp_path, capsys):
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--column", "png"]
+    assert run("--data", pictures, *options, "--output", pictures / "store") == 1
+    assert "lies within the data set" in capsys.readouterr().err
+
+
+def test_the_reason_is_named_where_nothing_is_readable_and_the_corrected_command_goes_on(
+    pictures, tiny_clip, tmp_path, capsys
+):
+    (tmp_path / "files.csv").write_text("file\n0.png\n1.png\n")
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", tmp_path / "files.csv", *options) == 1
+    said = capsys.readouterr().err
+    assert "store holds no rows, of 2 items: Cannot" in said
+    assert "No such file or directory" in said
+    assert run("--data", tmp_path / "files.csv", "--files", pictures, *options) == 0
+    names = {path.name for path in (tmp_path / "store").iterdir()}
+    assert names == {"manifest.json", "shard-00000.safetensors", "shard-00000.keys.parquet"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_no_text_is_listed(pictures, tiny_clip, tmp_path):
+    os.link(os.fsencode(pictures / "0.png"), os.fsencode(pictures) + b"/bad\xff.png")
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options) == 0
+    assert EmbeddingStore.open(tmp_path / "store").rows == 5
+    (reject,) = map(json.loads, (tmp_path / "store" / "rejects.jsonl").read_text().splitlines())
+    assert reject["key"] == "bad\\udcff.png"
+    assert "is not valid Unicode" in reject["reason"]
+
+
+def test_an_archive_that_is_cut_off_is_named(pictures, tiny_clip, tmp_path, capsys):
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for part in range(2):
+        with tarfile.open(folder / f"photos-{part}.tar", "w") as archive:
+            archive.add(pictures / f"{part}.png", f"{part}.png")
+    whole = (folder / "photos-1.tar").read_bytes()
+    (folder / "photos-1.tar").write_bytes(whole[:700])
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--column", "png"]
+    assert run("--data", folder, *options, "--output", tmp_path / "store") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"Cannot read the data set .*tars' behind row 0 of file 2 of 2, .*Get that file again", said)
+    (folder / "photos-1.tar").write_bytes(whole)
+    assert run("--data", folder, *options, "--output", tmp_path / "whole") == 0
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [("2", None), ("x", "2"), ("", "2"), ("0", "0"), ("-1", "2"), ("5", "3")])
+def test_an_environment_that_names_no_share_is_refused(
+    pictures, tiny_clip, tmp_path, capsys, monkeypatch, rank, ranks
+):
+    monkeypatch.setenv("RANK", rank)
+    if ranks is not None:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
+    assert run("--data", pictures, *options) == 1
+    assert "RANK/WORLD_SIZE in the environment: expected I/N with I from 0 to N - 1" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("--data", pictures, *options) == 0
+
+
+@pytest.mark.parametrize("output", ["s3://", "memory://store", "file://localhost/store"])
+def test_an_address_that_leads_nowhere_is_refused(pictures, tiny_clip, tmp_path, capsys, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", output]
+    assert run("--data", pictures, *options) == 1
+    assert output in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

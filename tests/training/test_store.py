@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from cmcr_hf.durable import locked
+from cmcr_hf.training.manifest import shard_names
 from cmcr_hf.training.store import EmbeddingStore
 
 ROWS, DIM, SHARD_ROWS = 7, 4, 3
@@ -587,6 +588,37 @@ def test_a_writer_is_refused_while_another_process_writes(tmp_path: Path) -> Non
     store.append(EMBEDS[4:], KEYS[4:])
     store.finish()
     assert torch.equal(EmbeddingStore.open(tmp_path).tensor(), EMBEDS)
+
+
+def test_a_run_does_not_write_into_the_store_of_another_that_took_its_folder(tmp_path: Path) -> None:
+    first = EmbeddingStore.create(tmp_path, **DESCRIPTION)
+    second = EmbeddingStore.create(tmp_path, **{**DESCRIPTION, "data_fingerprint": "other"})
+    second.append(EMBEDS[:2], KEYS[:2])
+    second.finish()
+    before = contents(tmp_path)
+    for act in (
+        lambda: first.write((0,), EMBEDS[:2], KEYS[:2]),
+        lambda: first.complete_if_whole(1),
+        lambda: first.append(EMBEDS[:4], KEYS[:4]),
+    ):
+        with pytest.raises(ValueError, match="was changed by another process since this one opened it"):
+            act()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [(7,), (1, 0), (0, 5)])
+def test_a_receipt_that_is_damaged_or_of_another_shard_is_as_none(tmp_path: Path, number: tuple[int, ...]) -> None:
+    store = EmbeddingStore.create(tmp_path, **DESCRIPTION)
+    for part in range(2):
+        store.write((part,), EMBEDS[3 * part : 3 * part + 3], KEYS[3 * part : 3 * part + 3])
+    content = (tmp_path / "shard-00001.json").read_bytes()
+    (tmp_path / "shard-00001.json").write_bytes(content[:20])
+    (tmp_path / shard_names(number)[2]).write_bytes(content)
+    assert [receipt.number for receipt in store.receipts()] == [(0,)]
+    assert not store.complete_if_whole(2)
+    store.write((1,), EMBEDS[3:6], KEYS[3:6])
+    assert store.complete_if_whole(2)
+    assert torch.equal(EmbeddingStore.open(tmp_path).tensor(), EMBEDS[:6])
 
 
 def test_a_store_that_was_deleted_under_its_writer_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cmcr_hf.training.train import (
     fit_on_device,
     last_checkpoint,
     main,
+    ordered_stores,
     run_script,
     train_connector,
 )
@@ -258,6 +259,18 @@ def save_stores(folder, embeds, sources=None):
         store.finish()
         paths.append(str(folder / name))
     return paths
+
+
+def test_stores_of_other_items_are_refused(tmp_path):
+    paths = save_stores(tmp_path, aligned_embeds(8))
+    other = EmbeddingStore.open(paths[-1])
+    described = {"space": other.space, "modality": other.modality, "source": other.source, "dim": other.dim}
+    renamed = EmbeddingStore.create(tmp_path / "other", data_fingerprint="1", **described)
+    renamed.append(other.tensor(), ["0", "1", "2", "another", *map(str, range(4, 8))])
+    renamed.finish()
+    stores = [EmbeddingStore.open(path) for path in (*paths[:-1], tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"Row 3 of .*clip_text is '3', and of .*other 'another'"):
+        ordered_stores(stores, small_config())
 
 
 def test_the_script_trains_from_stores_and_saves_a_connector(tmp_path, capsys):
