@@ -222,7 +222,7 @@ of shares too. With one --batch-size for all, the bytes are those of a single pr
     parser.add_argument(
         "--column",
         action="append",
-        help="column of a table or data set, of WebDataset tars the suffix of the files (jpg); several times for several",
+        help="column of a table or data set, of WebDataset tars the suffix of its files (jpg); or several of them",
     )
     parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
     parser.add_argument("--config", help="of a data set")
