@@ -296,7 +296,7 @@ class HubPlace(RemotePlace):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
-        from ..conversion.push import explanation
+        from ..hub_errors import explanation
 
         path = f"{self._folder}/{name}" if self._folder else name
         try:
