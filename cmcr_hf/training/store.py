@@ -224,7 +224,8 @@ class EmbeddingStore:
             self._write_next(self._pending_rows(), self._pending_keys)
             self._pending, self._pending_keys = [], []
         with self.place.locked():
-            self._complete(self.receipts())
+            if not self.is_complete_by_now():
+                self._complete(self.receipts())
 
     def written(self, number: Number) -> Receipt | None:
         """Return the receipt of a shard, None where it is not written yet."""
