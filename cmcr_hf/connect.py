@@ -212,8 +212,8 @@ def connect(
             banks[space] = trained_on(space, overlap)
             # A streamed data set tells its number of items only now.
             _check_training(recipe, banks[space].rows)
-        if given:
-            # Known of streamed items only now.
+        if sum((space, overlap) in given for space in leaves) == 1:
+            # Known of streamed items only now; two stores were compared before any work.
             check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
         memories = {space: trained_on(space, modality) for space, modality in leaves.items()}
         stores = [*banks.values(), *(aggregated(banks[space], memories[space]) for space in leaves)]

@@ -90,7 +90,7 @@ def aggregate_stores(
     for walk in _walks(store, shards, at_once, share):
         rows = [range(number * PSEUDO_SHARD_ROWS, (number + 1) * PSEUDO_SHARD_ROWS) for number in walk]
         pseudo = aggregate(
-            torch.cat([_rows(queries, part) for part in rows]).to(device),
+            torch.cat([queries.read(part) for part in rows]).to(device),
             memory,
             None if values is None else _cut_alike(values, memory),
             temperature=temperature,
@@ -99,10 +99,8 @@ def aggregate_stores(
             progress=(queries.rows * memory.rows > 10**9 if progress is None else progress) and share[0] == 0,
         ).float()
         for number, part, embeds in zip(walk, rows, pseudo.split(PSEUDO_SHARD_ROWS), strict=True):
-            if share[1] == 1 or store.written((number,)) is None:
-                store.write((number,), embeds, keys[part.start : part.stop])
-    if not store.complete_if_whole(shards) and share[1] == 1:
-        raise ValueError(f"Shards of {store.folder} were removed while it was written. Run again to go on.")
+            store.write((number,), embeds, keys[part.start : part.stop])
+    store.complete_if_whole(shards, alone=share[1] == 1)
     return store
 
 
@@ -132,14 +130,3 @@ def _cut_alike(store: EmbeddingStore, other: EmbeddingStore) -> Iterator[Tensor]
             waiting, start = torch.cat([waiting[start:], next(rest).float()]), 0
         yield waiting[start : start + shard.rows]
         start += shard.rows
-
-
-def _rows(store: EmbeddingStore, rows: range) -> Tensor:
-    """Return some rows of a store, with at most those shards in memory that they lie in."""
-    parts, first = [], 0
-    for shard in store.shards():
-        if first >= rows.stop:
-            break
-        parts.append(shard[max(rows.start - first, 0) : max(rows.stop - first, 0)])
-        first += len(shard)
-    return torch.cat(parts)

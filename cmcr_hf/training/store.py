@@ -246,6 +246,8 @@ class EmbeddingStore:
     ) -> Receipt:
         """Write one shard, `(n, dim)` as for `append`, durably, and then its receipt.
 
+        One that is there stays: another process was quicker, whose machine may round otherwise.
+
         Args:
             number: its place in the store, by its own number, from 0; or, of a part of the data whose end may be
                 unknown, by that of the part and its own in the part.
@@ -258,18 +260,21 @@ class EmbeddingStore:
         contents = safetensors.torch.save({"embeds": rows}), keys_to_parquet(keys)
         digest, keys_digest = (hashlib.sha256(data).hexdigest() for data in contents)
         receipt = Receipt(number, len(keys), digest, keys_digest, last, rejects)
-        if self.is_complete_by_now():
-            return receipt  # Another process was quicker.
+        if self.is_complete_by_now() or self.written(number) is not None:
+            return receipt
         names = shard_names(number)
         for name, data in zip(names, (*contents, receipt.dump(self.description.digest)), strict=True):
             self.place.write(name, data)
         return receipt
 
-    def complete_if_whole(self, parts: int) -> bool:
+    def complete_if_whole(self, parts: int, *, alone: bool = False) -> bool:
         """Mark the store complete if all shards of so many parts are there; return whether it is, by whomever.
 
+        Args:
+            alone: whether all of them should be there, since no other process writes any.
+
         Raises:
-            ValueError: all is there, and has no row.
+            ValueError: all is there, and has no row; or not all is, and this process is alone.
         """
         of_part: dict[int, list[Receipt]] = {part: [] for part in range(parts)}
         for receipt in self.receipts():
@@ -280,6 +285,8 @@ class EmbeddingStore:
             self._remove_receipts()
         elif whole:
             self._complete([receipt for found in of_part.values() for receipt in found])
+        elif alone:
+            raise ValueError(f"Shards of {self.folder} were removed while it was written. Run again to go on.")
         return self.complete
 
     def tensor(self, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -301,6 +308,17 @@ class EmbeddingStore:
         for shard in self._shards:
             self._verify(shard.file, shard.sha256)
             yield self._load_shard(shard)
+
+    def read(self, rows: range) -> torch.Tensor:
+        """Return some neighbouring rows, (n, dim), in the stored dtype, from those shards alone that they lie in."""
+        parts, first = [torch.empty(0, self.dim, dtype=DTYPES[self.dtype])], 0
+        for shard in self._shards:
+            start, stop = max(rows.start - first, 0), min(rows.stop - first, shard.rows)
+            if start < stop:
+                self._verify(shard.file, shard.sha256)
+                parts.append(self._load_shard(shard)[start:stop])
+            first += shard.rows
+        return torch.cat(parts)
 
     def keys(self) -> list[str]:
         """Return the key of every written row."""

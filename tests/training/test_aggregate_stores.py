@@ -130,7 +130,7 @@ def test_a_shard_whose_receipt_is_damaged_is_written_again(
 ) -> None:
     aggregate_stores(*stores, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddingStore, "complete_if_whole", lambda store, shards: True)
+        patch.setattr(EmbeddingStore, "complete_if_whole", lambda store, shards, alone: True)
         aggregate_stores(*stores, tmp_path / "damaged")
     receipt = tmp_path / "damaged" / "shard-00002.json"
     receipt.write_bytes((tmp_path / "damaged" / "shard-00001.json").read_bytes() if damage is None else damage)
