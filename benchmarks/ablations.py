@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -38,7 +39,7 @@ from benchmarks.ablation.variants import NULL, Variant, variants
 from benchmarks.real.data import check_data, read_texts
 from benchmarks.real_retrieval import SCHEDULES, SOURCES, TITLES, prepare
 from benchmarks.timing import machine
-from cmcr_hf.evaluation.baselines import posterior_matching
+from cmcr_hf.evaluation.baselines import cca_maps, posterior_matching
 from cmcr_hf.evaluation.connection import Metrics, RetrievalSet, Side, baseline_metrics, check_classes
 from cmcr_hf.modeling.configuration_cmcr import LEAF_MODALITIES
 from cmcr_hf.output import write_json
@@ -155,6 +156,9 @@ def training_free(study: Study, title: str) -> dict[str, Metrics]:
     texts = study.texts[title]
     items = replace(study.items, query_bank=texts.second, gallery_bank=texts.first)
     table = baseline_metrics([items])
+    of_query, of_gallery = cca_maps(texts.second, texts.first)
+    scores = normalize(items.query.embeds @ of_query, dim=1) @ normalize(items.gallery.embeds @ of_gallery, dim=1).T
+    table["cca"] = items.metrics(scores, scores.T)
     if items.query_names is not None and items.gallery_names is not None:
         scores = posterior_matching(items.query.embeds, items.query_names, items.gallery_names, items.gallery.embeds)
         table["closed PM"] = items.metrics(scores, scores.T)
