@@ -194,7 +194,7 @@ def test_the_rows_of_a_batch_come_in_the_order_of_its_indices_from_whatever_pool
 
 def test_pools_of_other_embeddings_are_refused():
     pools = [numbered(0, 5), {name: rows for name, rows in numbered(5, 3).items() if name != "clip_text"}]
-    with pytest.raises(ValueError, match=r"Expected pools of the same embeddings, .*, got \['clap_text'"):
+    with pytest.raises(ValueError, match=r"Expected pools of the same embeddings, got \['clap_text'"):
         ConnectionDataset(pools)
 
 

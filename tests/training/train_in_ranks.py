@@ -121,5 +121,5 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     for ranks in (1, 2):
         in_ranks(root / f"loss-{ranks}", ranks, loss_of_ranks)
-    for name, (ranks, batch_size, accumulation) in RUNS.items():
-        in_ranks(root / name, ranks, train_connector, root / name, batch_size, accumulation)
+    for name, (ranks, *given) in RUNS.items():
+        in_ranks(root / name, ranks, train_connector, root / name, *given)
