@@ -32,6 +32,7 @@ from .variants import EDITS, Variant
 
 # To be raised with any change of the package or of these files that makes other connectors of the same settings.
 VERSION = 1
+EX_MCR_HIDDEN_DIM = 1024
 
 
 @dataclass(frozen=True)
@@ -171,16 +172,14 @@ def _kept(run: Run, path: Path, folder: Path, bf16: bool) -> Metrics:
 def train_and_measure(run: Run, study: Study, *, bf16: bool = False) -> Metrics:
     """Train the connector of a run and measure retrieval between the test items, both ways."""
     variant, schedule = run.variant, study.texts[run.texts].schedule
-    config = CMCRConfig(
-        **{
-            "projectors": {
-                space: {"input_dim": memory.shape[1]}
-                for space, memory in zip(study.spaces, study.memories, strict=True)
-            },
-            "bridges": [[*study.spaces, study.overlap]],
-            **variant.connector,
-        }
-    )
+    projectors: dict[str, dict[str, int]] = {
+        space: {"input_dim": memory.shape[1]} for space, memory in zip(study.spaces, study.memories, strict=True)
+    }
+    if variant.connector.get("objective") == "ex-mcr":
+        # Its shared space is the base; within, its projector is as wide as that of C-MCR.
+        projectors[study.spaces[1]]["hidden_dim"] = EX_MCR_HIDDEN_DIM
+    bridges = [[*study.spaces, study.overlap]]
+    config = CMCRConfig(projectors=projectors, bridges=bridges, **variant.connector)
     with tempfile.TemporaryDirectory() as name, tuned_cpu(), _edited(variant):
         args = ConnectorTrainingArguments(
             output_dir=name,

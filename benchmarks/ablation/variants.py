@@ -146,5 +146,7 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
             pools=(overlap, *leaves),
             dear=True,
         ),
+        Variant("Ex-MCR, as in its paper", OBJECTIVES, {"objective": "ex-mcr"}, pools=(overlap, *leaves), dear=True),
+        Variant(f"Ex-MCR, centred on {overlap} alone", OBJECTIVES, {"objective": "ex-mcr"}),
         Variant(NULL, "", deranged=True),
     ]
