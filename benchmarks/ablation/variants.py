@@ -107,7 +107,7 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
         Variant("without the loss within a space", PARTS, {"intra_weight": 0.0}, dear=True),
         *(
             Variant(f"noise of norm {norm:g}", "noise (paper: 1.43)", {"noise_norm": norm})
-            for norm in (0.35, 0.7, 1.0, 2.0)
+            for norm in (0.35, 0.7, 1.0, 2.0, 3.0)
         ),
         *(
             Variant(f"tau 1 = {tau:g}", "temperature of consistency (paper: 0.01)", temperature=tau)
@@ -118,9 +118,9 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
                 f"tau 2 = tau 3 = {tau:g}",
                 "temperature of the losses (0.01)",
                 dict.fromkeys(_BOTH, tau),
-                dear=tau == 0.1,
+                dear=tau in (0.1, 0.2),
             )
-            for tau in (0.03, 0.05, 0.1, 0.2)
+            for tau in (0.03, 0.05, 0.1, 0.2, 0.5)
         ),
         Variant("lambda = 0.01", "weight of the loss within a space (paper: 0.1)", {"intra_weight": 0.01}),
         Variant("lambda = 1", "weight of the loss within a space (paper: 0.1)", {"intra_weight": 1.0}),
