@@ -58,7 +58,8 @@ class Connection:
         sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
         media: behind the rows of the sets, by modality; the value of what is neither a file nor a text is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
-        banks: the embeddings of the overlap modality in each space.
+        stores: what was trained on: the overlap modality in each space, then a store of either leaf modality, of
+            pseudo embeddings or, under `bridge-distillation`, of the memory itself.
     """
 
     recipe: Recipe
@@ -68,13 +69,11 @@ class Connection:
     media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
     data: list[dict[str, Any]]
-    banks: dict[str, EmbeddingStore]
+    stores: list[EmbeddingStore]
 
     def training_embeds(self) -> dict[str, torch.Tensor]:
-        """Return the row-aligned embeddings of the training: `{"{space}_{modality}": (overlap items, dim)}`."""
-        names = [f"pseudo/{space}-{modality}" for space, modality in self.recipe.leaves.items()]
-        stores = [*self.banks.values(), *(EmbeddingStore.open(self.folder / name) for name in names)]
-        return {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+        """Return the embeddings of the training, `{"{space}_{modality}": (rows, dim)}`, as `train_connector` has them."""
+        return {f"{store.space}_{store.modality}": store.tensor() for store in self.stores}
 
     def write_report(
         self, table: dict[str, Metrics], spread: dict[str, Metrics] | None = None, command: str | None = None
@@ -151,7 +150,9 @@ def connect(
     given = _open_stores(recipe, data_root)
     _check_rows(given, data)
     held_back, media = _held_back(recipe, data_root)
-    _check_training(recipe, _row_count(overlap, data, given))
+    distils = recipe.connector.get("objective") == "bridge-distillation"
+    counts = [_row_count(modality, data, given) for modality in (leaves.values() if distils else [overlap])]
+    _check_training(recipe, max(counts) if all(counts) else 0)
     sources = recipe.sources
     report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in leaves))
     model = _load_sources(recipe)
@@ -211,14 +212,20 @@ def connect(
         for space in leaves:
             banks[space] = trained_on(space, overlap)
             # A streamed data set tells its number of items only now.
-            _check_training(recipe, banks[space].rows)
+            if not distils:
+                _check_training(recipe, banks[space].rows)
         if sum((space, overlap) in given for space in leaves) == 1:
             # Known of streamed items only now; two stores were compared before any work.
             check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
         memories = {space: trained_on(space, modality) for space, modality in leaves.items()}
-        stores = [*banks.values(), *(aggregated(banks[space], memories[space]) for space in leaves)]
+        # Bridge distillation compares items of the memories themselves, for which no pseudo embeddings are needed.
+        if distils:
+            _check_training(recipe, max(store.rows for store in memories.values()))
+        leaf_stores = [memories[space] if distils else aggregated(banks[space], memories[space]) for space in leaves]
+        stores = [*banks.values(), *leaf_stores]
         trained = _train(recipe, model.config, stores, folder / "train", device, report)
         model.connector.load_state_dict(trained.state_dict())
+        model.config.posterior_temperatures = trained.config.posterior_temperatures
         model.record_fingerprints(processor)
 
         with _stage("save", report) as done:
@@ -258,7 +265,7 @@ def connect(
         command = command or _command(recipe)
         entries = _entries(recipe, data, given, data_root)
         write_cards(folder, _card(recipe, model.config, entries, table, command), report)
-        connection = Connection(recipe, folder, model, sets, media, table, entries, banks)
+        connection = Connection(recipe, folder, model, sets, media, table, entries, stores)
         if table is not None:
             with _stage("report", report) as done:
                 done(str(connection.write_report(table, command=command)))
@@ -292,9 +299,9 @@ def _class(name: Item) -> str:
 def _check_training(recipe: Recipe, rows: int) -> None:
     """Check what would stop the training behind all embedding; 0 rows are a number that is not known yet."""
     spec, objective = recipe.train, recipe.connector.get("objective", "c-mcr")
-    if objective != "c-mcr":
+    if objective not in ("c-mcr", "bridge-distillation"):
         raise ValueError(
-            f"connector.objective is {objective!r}, expected 'c-mcr', the only one that trains. Remove it."
+            f"connector.objective is {objective!r}, expected 'c-mcr' or 'bridge-distillation'. Correct it."
         )
     if spec.seed >= 2**32:
         raise ValueError(f"train.seed is {spec.seed}, expected less than 2 ** 32. Lower it in the recipe.")
@@ -303,11 +310,19 @@ def _check_training(recipe: Recipe, rows: int) -> None:
             f"train.batch_size is {spec.batch_size}, expected at least 2: the loss compares the rows of a batch. "
             "Raise it in the recipe."
         )
+    counted = _NOUNS[recipe.overlap]
+    if objective == "bridge-distillation":
+        counted = "items of the larger memory"
+        if spec.validation_rows:
+            raise ValueError(
+                f"train.validation_rows is {spec.validation_rows}, expected 0 for bridge-distillation: no item of a "
+                "memory has a partner to be found. Remove it."
+            )
     if rows and spec.batch_size > rows - spec.validation_rows:
         raise ValueError(
             f"train.batch_size is {spec.batch_size}, expected at most the {max(rows - spec.validation_rows, 0)} "
-            f"training rows ({rows} {_NOUNS[recipe.overlap]} less {spec.validation_rows} of train.validation_rows). "
-            f"Lower either in the recipe, or add {_NOUNS[recipe.overlap]}."
+            f"training rows ({rows} {counted} less {spec.validation_rows} of train.validation_rows). "
+            f"Lower either in the recipe, or add {counted}."
         )
 
 
@@ -577,8 +592,9 @@ def _train(
         log = [{name: value for name, value in entry.items() if not _RUN.search(name)} for entry in history]
         write_json(folder / "log.json", {"history": [entry for entry in log if {"loss", "eval_loss"} & entry.keys()]})
         write_json(state, {"key": key, "complete": True})
-        terms = next(entry for entry in reversed(history) if "loss_overlap" in entry)
-        losses = ", ".join(f"{name} {terms[name]:.3f}" for name in ("loss", "loss_overlap", "loss_leaf", "loss_intra"))
+        terms = next(entry for entry in reversed(history) if "loss_leaf" in entry)
+        shown = [name for name in terms if name == "loss" or name.startswith("loss_")]
+        losses = ", ".join(f"{name} {terms[name]:.3f}" for name in shown)
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")
         return connector
 
