@@ -200,8 +200,8 @@ def add_classification(tasks: argparse._SubParsersAction[argparse.ArgumentParser
         "--names",
         type=Path,
         metavar="FILE",
-        help="what classes are called: lines CLASS NAME, or JSON {CLASS: NAME or [NAME, ...]} (default: their folder "
-        "or label; for ImageNet LOC_synset_mapping.txt)",
+        help="what classes are called: lines CLASS NAME, JSON {CLASS: NAME or [NAME, ...]}, or a JSON list of names "
+        "in the order of the classes (default: their folder or label; for ImageNet LOC_synset_mapping.txt)",
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
@@ -210,7 +210,7 @@ def add_classification(tasks: argparse._SubParsersAction[argparse.ArgumentParser
         help="prompt with {} for the name of a class; give it several times for an ensemble (default: CLIP's seven "
         "for images, 'This is a sound of {}.' for audio, 64 for point clouds)",
     )
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="templates, one a line")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="templates: one a line, or a JSON list")
     parser.add_argument(
         "--text-space",
         choices=("clip", "clap", "ulip"),

@@ -174,9 +174,10 @@ def test_every_default_template_has_one_place_for_the_name() -> None:
     }
 
 
-def test_templates_are_read_line_by_line(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("a {}.\n\n  the {}\n")
-    assert read_templates(tmp_path / "t.txt") == ["a {}.", "the {}"]
+@pytest.mark.parametrize(("name", "text"), [("t.txt", "a {}.\n\n  the {}\n"), ("t.json", '["a {}.", "the {}"]')])
+def test_templates_are_read_from_lines_or_a_list(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_templates(tmp_path / name) == ["a {}.", "the {}"]
 
 
 @pytest.mark.parametrize("text", ["", "\n", None])
