@@ -75,6 +75,34 @@ class Items:
         self.modality = modality
         self._parts = [_read(spec, modality, root, strict) for spec in specs]
 
+    @classmethod
+    def listed(
+        cls,
+        modality: str,
+        names: Sequence[str],
+        folder: Path | None = None,
+        *,
+        keys: Sequence[str] | None = None,
+        labels: Sequence[str | None] | None = None,
+    ) -> Items:
+        """Return the items that a list names: texts, or files by their paths below a folder.
+
+        Args:
+            keys: of the items; by default the names of files, the places of texts.
+            labels: classes of the items, where they have any.
+
+        Raises:
+            ValueError: there are none, or a file is not there.
+        """
+        given = keys or (names if folder else [f"{row:06}" for row in range(len(names))])
+        entry = _Listed(list(given), list(names), list(labels or []), folder)
+        if not entry:
+            raise ValueError(f"There are no {modality} items in the list. Name at least one.")
+        entry.fingerprint = _fingerprint(entry, modality, strict=True)
+        items = cls([], modality, Path())
+        items._parts = [entry]
+        return items
+
     @property
     def fingerprint(self) -> str:
         """Identify the items, their classes and their order.
@@ -336,6 +364,11 @@ def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | 
     if not listed:
         place = _below(root, str(spec.folder or spec.table))
         raise ValueError(f"There are no {modality} items in {place}. Check the path, pattern, column and where.")
+    listed.fingerprint = _fingerprint(listed, modality, strict)
+    return listed
+
+
+def _fingerprint(listed: _Listed, modality: str, strict: bool) -> str:
     digest = hashlib.sha256()
     # Without a Path for each: pathlib interns the parts of their names, in a table that does not shrink.
     for key, name, label in zip(listed.keys, listed.names, listed.labels or itertools.repeat(None), strict=False):
@@ -354,8 +387,7 @@ def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | 
         elif listed.folder is not None:
             content = f"{listed.folder}/{name}"
         digest.update(json.dumps([key, label, content]).encode())
-    listed.fingerprint = digest.hexdigest()
-    return listed
+    return digest.hexdigest()
 
 
 def _below(root: Path, name: str) -> Path | str:
