@@ -11,24 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..modeling.image_loading_cmcr import load_image
 from ..training.data import Items
+from .bootstrap import Intervals, bootstrap_means
 from .boxes import MAP_SIZE, above_middle, box_map, consensus_iou, consensus_map, hot_half, iou_values, region_ious
 from .dense_maps import PatchEncoder, patch_embeds
 from .embedding import EvaluatedModel
 from .localization_data import SoundingPicture, SoundingPictures
 from .proposals import Detector, grid_boxes, propose
 from .regions import Regions
-from .result import CHANCE
+from .result import CHANCE, MODEL
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])
 # Of half of the picture's area: with the whole, what is answered without looking or listening.
 _MARGIN = (1 - 0.5**0.5) / 2
 CENTRE = np.array([[_MARGIN, _MARGIN, 1 - _MARGIN, 1 - _MARGIN]])
+LOCALIZATION = "localization"
 # Longer side of a drawn picture, in pixels.
 DRAWN = 480
 
@@ -50,10 +53,26 @@ class Located:
     box: np.ndarray | None = None
 
 
+@dataclass
+class Measured:
+    """What an evaluation of pairs gives.
+
+    Args:
+        metrics, intervals: as those of an [`EvaluationResult`].
+        values: `(pairs,)`, by which the best and the worst pairs are told, the larger the better.
+        remarks: what became of each pair.
+    """
+
+    metrics: dict[str, dict[str, dict[str, float]]]
+    intervals: dict[str, dict[str, Intervals]]
+    values: np.ndarray
+    remarks: list[str]
+
+
 class Localizer:
     """Locate the sounds of a data set in its pictures, both embedded when the object is made.
 
-    `sounds` are the embeddings of the sounds, by their paths.
+    `sounds` are the embeddings of the sounds, by their paths; `detector` is the record of the detector, if any.
 
     Args:
         method: `proposals` or `dense`.
@@ -76,6 +95,7 @@ class Localizer:
         sounds = list(dict.fromkeys(pair.audio for pair in data.pairs))
         self._pictures = {name: place for place, name in enumerate(names)}
         self.sounds = dict(zip(sounds, model.embeds(Items.listed("audio", sounds, data.folder)), strict=True))
+        self.detector = None if detector is None else detector.record
         self._model, self._encoder = model, None
         self._answer = {"half": hot_half, "middle": above_middle}[threshold]
         boxes = [WHOLE] * len(names)
@@ -115,6 +135,22 @@ def _nearest_region(boxes: np.ndarray, scores: np.ndarray) -> Located:
     return Located(box_map(boxes[best]), heat, float(scores[best]), boxes[best])
 
 
+def measure_localization(
+    localizer: Localizer, data: SoundingPictures, *, resamples: int = 1000, seed: int = 0, progress: bool = True
+) -> Measured:
+    """Measure cIoU@0.5 and AUC, with intervals over videos, beside answers that know no sound.
+
+    Those are, of proposals, a random one, by the exact expectation; the whole picture; and the centre.
+    """
+    ious, scores = locate_pairs(localizer, data, progress=progress)
+    methods = {**_blind_values(localizer, data), MODEL: iou_values(ious)}
+    measured = Measured({}, {}, ious, [f"cIoU {ious[row]:.2f}, cosine {scores[row]:.2f}" for row in range(len(ious))])
+    for method, values in methods.items():
+        metrics, intervals = mean_metrics(values, data.videos(), resamples, seed)
+        measured.metrics[method], measured.intervals[method] = {LOCALIZATION: metrics}, {LOCALIZATION: intervals}
+    return measured
+
+
 def locate_pairs(
     localizer: Localizer, data: SoundingPictures, *, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +163,17 @@ def locate_pairs(
     return ious, scores
 
 
-def floor_values(localizer: Localizer, data: SoundingPictures) -> dict[str, dict[str, np.ndarray]]:
-    """Return of answers that know no sound what their metrics are the means of (see [`iou_values`]), `(pairs,)` each.
+def mean_metrics(
+    values: dict[str, np.ndarray], videos: torch.Tensor, resamples: int, seed: int
+) -> tuple[dict[str, float], Intervals]:
+    """Return the means of values `(pairs,)` by metric, and their intervals over videos."""
+    rows = {name: torch.from_numpy(value) for name, value in values.items()}
+    intervals = bootstrap_means(rows, resamples=resamples, seed=seed, groups=videos)
+    return {name: float(value.mean()) for name, value in values.items()}, intervals
 
-    Of proposals, the mean of all as the expectation of a random one; the whole picture; the centre.
-    """
+
+def _blind_values(localizer: Localizer, data: SoundingPictures) -> dict[str, dict[str, np.ndarray]]:
+    """Return by answer that knows no sound what its metrics are the means of, `(pairs,)` each."""
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for pair in data.pairs:
         answers = {"whole picture": WHOLE, "centre": CENTRE}

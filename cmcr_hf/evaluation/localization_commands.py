@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .commands import add_shared_options, evaluated_model, finish, run_settings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .embedding import EvaluatedModel
-    from .localization import Localizer
+    from .localization import Localizer, Measured
     from .localization_data import SoundingPictures
-    from .result import Case, Published
+    from .result import Case
 
 # Best and worst pairs on the page, as many of each.
 CASES = 8
-LOCATED, RECOGNISED, BOTH = "localization", "recognition", "located recognition"
 NAMES = {
     "vgg-ss": "VGG-SS",
     "flickr-soundnet": "Flickr-SoundNet",
@@ -27,36 +24,39 @@ NAMES = {
     "extended-vgg-ss": "Extended VGG-SS",
     "extended-flickr-soundnet": "Extended Flickr-SoundNet",
 }
+LICENCES = dict.fromkeys(("flickr-soundnet", "extended-flickr-soundnet"), "for research only, as its page says")
 GRID_NOTE = "Proposals are a grid of 111 boxes, whatever is in the picture; those of an object detector fit better."
 DENSE_NOTE = "Half of every picture is located, as in the literature, however small what sounds is."
-MUSIC_NOTE = (
-    "The boxes are read as x, y, width and height; AVGN, whose code reads them as corners, published them. Which 489 "
-    "pairs the C-MCR paper takes is not published. So numbers of others are not comparable."
-)
-RECOGNITION_NOTE = (
+_ALL_THRESHOLDS = (
     "AP and max-F1 are over all thresholds. SLAVC's code takes about two hundred of them for AP and ten for F1, so "
     "published numbers are approximations."
 )
+NOTES = {
+    "music": "The boxes are read as x, y, width and height; AVGN, whose code reads them as corners, published them. "
+    "Which 489 pairs the C-MCR paper takes is not published. So numbers of others are not comparable.",
+    "extended-vgg-ss": _ALL_THRESHOLDS,
+    "extended-flickr-soundnet": _ALL_THRESHOLDS,
+}
 # Models trained on pairs of pictures and sounds: name, metrics, source.
 PUBLISHED: dict[str, tuple[str, dict[str, dict[str, float]], str]] = {
     "vgg-ss": (
         "EZ-VSL, trained on 144k pairs",
-        {LOCATED: {"cIoU@0.5": 0.3885, "AUC": 0.3954}},
+        {"localization": {"cIoU@0.5": 0.3885, "AUC": 0.3954}},
         "github.com/stoneMo/EZ-VSL",
     ),
     "flickr-soundnet": (
         "EZ-VSL, trained on 144k pairs",
-        {LOCATED: {"cIoU@0.5": 0.8394, "AUC": 0.6360}},
+        {"localization": {"cIoU@0.5": 0.8394, "AUC": 0.6360}},
         "github.com/stoneMo/EZ-VSL",
     ),
     "extended-vgg-ss": (
         "SLAVC, trained on 144k pairs",
-        {BOTH: {"AP": 0.3295, "max-F1": 0.4000}, LOCATED: {"cIoU@0.5": 0.3779}},
+        {"located recognition": {"AP": 0.3295, "max-F1": 0.4000}, "localization": {"cIoU@0.5": 0.3779}},
         "github.com/stoneMo/SLAVC",
     ),
     "extended-flickr-soundnet": (
         "SLAVC, trained on 144k pairs",
-        {BOTH: {"AP": 0.5163, "max-F1": 0.5910}, LOCATED: {"cIoU@0.5": 0.8360}},
+        {"located recognition": {"AP": 0.5163, "max-F1": 0.5910}, "localization": {"cIoU@0.5": 0.8360}},
         "github.com/stoneMo/SLAVC",
     ),
 }
@@ -135,143 +135,76 @@ def _opened(arguments: argparse.Namespace) -> SoundingPictures:
     return load(arguments.data).first(arguments.limit)
 
 
-def _localizer(
-    arguments: argparse.Namespace, model: EvaluatedModel, data: SoundingPictures
-) -> tuple[Localizer, dict[str, Any]]:
-    """Return what locates the sounds, and the settings that it depends on."""
+def _localizer(arguments: argparse.Namespace, model: EvaluatedModel, data: SoundingPictures) -> Localizer:
     from .localization import Localizer
     from .proposals import Detector
 
     detector = None if arguments.detector is None else Detector(arguments.detector, str(model.model.device))
-    settings = {"layout": arguments.layout, "method": arguments.method}
-    if arguments.method == "dense":
-        settings["threshold"] = arguments.threshold
-    else:
-        settings["proposals"] = "grid" if detector is None else detector.record
-    return Localizer(model, data, arguments.method, detector, arguments.threshold), settings
+    return Localizer(model, data, arguments.method, detector, arguments.threshold)
 
 
 def _localization(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from .bootstrap import bootstrap_means
-    from .boxes import iou_values
-    from .localization import floor_values, locate_pairs
-    from .result import MODEL, EvaluationResult
+    from .localization import measure_localization
 
     data = _opened(arguments)
     with evaluated_model(arguments, "image", "audio") as model:
-        localizer, settings = _localizer(arguments, model, data)
-        ious, scores = locate_pairs(localizer, data, progress=model.progress)
-        values = {**floor_values(localizer, data), MODEL: iou_values(ious)}
-        intervals = {
-            method: bootstrap_means(
-                {name: torch.from_numpy(row) for name, row in rows.items()},
-                resamples=arguments.bootstrap,
-                seed=arguments.seed,
-                groups=data.videos(),
-            )
-            for method, rows in values.items()
-        }
-        notes = [f"cIoU {iou:.2f}, cosine {score:.2f}" for iou, score in zip(ious, scores, strict=True)]
-        best, worst = _cases(localizer, data, ious, notes)
-        finish(
-            arguments,
-            EvaluationResult(
-                task="localization",
-                title=f"audio-visual source localisation on {NAMES[arguments.layout]}",
-                data=_data(arguments, data),
-                model=model.record(),
-                settings=run_settings(arguments, "videos", **settings),
-                metrics={
-                    method: {LOCATED: {name: float(row.mean()) for name, row in rows.items()}}
-                    for method, rows in values.items()
-                },
-                intervals={method: {LOCATED: found} for method, found in intervals.items()},
-                published=_published(arguments),
-                best=best,
-                worst=worst,
-                notes=_notes(arguments),
-            ),
-        )
+        localizer = _localizer(arguments, model, data)
+        measured = measure_localization(localizer, data, resamples=arguments.bootstrap, seed=arguments.seed)
+        title = f"audio-visual source localisation on {NAMES[arguments.layout]}"
+        _finish(arguments, title, model, localizer, data, measured)
 
 
 def _recognition(arguments: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
-
-    from ..training.data import Items
-    from .bootstrap import bootstrap_statistic
-    from .boxes import LEVEL, iou_values
-    from .localization import locate_pairs
-    from .localization_data import SILENT
-    from .recognition import best_threshold, recognition_metrics
-    from .result import MODEL, EvaluationResult
+    from .recognition import measure_recognition, picture_matches
 
     data = _opened(arguments)
-    sounding = np.array([pair.label != SILENT for pair in data.pairs])
     with evaluated_model(arguments, "image", "audio") as model:
-        localizer, settings = _localizer(arguments, model, data)
-        ious, confidence = locate_pairs(localizer, data, progress=model.progress)
-        if arguments.confidence == "picture":
-            names = list(dict.fromkeys(pair.image for pair in data.pairs))
-            pictures = dict(zip(names, model.embeds(Items.listed("image", names, data.folder)), strict=True))
-            matches = [pictures[pair.image] @ localizer.sounds[pair.audio] for pair in data.pairs]
-            confidence = torch.stack(matches).double().numpy()
-        located = ious >= LEVEL
-
-        def measured(rows: torch.Tensor, given: np.ndarray = confidence) -> dict[str, dict[str, float]]:
-            drawn = rows.numpy()
-            alone = recognition_metrics(given[drawn], sounding[drawn])
-            return {RECOGNISED: alone, BOTH: recognition_metrics(given[drawn], sounding[drawn], located[drawn])}
-
-        every = torch.arange(len(confidence))
-        found = measured(every)
-        flat = bootstrap_statistic(
-            lambda rows: {
-                f"{group}/{name}": value for group, values in measured(rows).items() for name, value in values.items()
-            },
-            data.videos(),
-            resamples=arguments.bootstrap,
-            seed=arguments.seed,
-        )
-        intervals: dict[str, dict[str, tuple[float, float]]] = {}
-        for name, interval in flat.items():
-            group, metric = name.split("/")
-            intervals.setdefault(group, {})[metric] = interval
-        means = {name: float(row.mean()) for name, row in iou_values(ious[sounding]).items()}
-        threshold = best_threshold(confidence, sounding)
-        margins = np.where(sounding, 1, -1) * (confidence - threshold)
-        notes = [
-            f"{'sounds' if sounds else 'nothing sounds'}, match {match:.2f} (accepted from {threshold:.2f})"
-            + (f", cIoU {iou:.2f}" if sounds else "")
-            for sounds, match, iou in zip(sounding, confidence, ious, strict=True)
-        ]
-        best, worst = _cases(localizer, data, margins, notes)
-        finish(
-            arguments,
-            EvaluationResult(
-                task="recognition",
-                title=f"counterfactual audio-image recognition on {NAMES[arguments.layout]}",
-                data=_data(arguments, data),
-                model=model.record(),
-                settings=run_settings(arguments, "videos", confidence_of=arguments.confidence, **settings),
-                metrics={
-                    "all accepted": measured(every, np.zeros(len(confidence))),
-                    MODEL: {**found, LOCATED: means},
-                },
-                intervals={MODEL: intervals},
-                published=_published(arguments),
-                best=best,
-                worst=worst,
-                notes=[*_notes(arguments), RECOGNITION_NOTE],
-            ),
-        )
+        localizer = _localizer(arguments, model, data)
+        matches = picture_matches(model, localizer, data) if arguments.confidence == "picture" else None
+        measured = measure_recognition(localizer, data, matches, resamples=arguments.bootstrap, seed=arguments.seed)
+        title = f"counterfactual audio-image recognition on {NAMES[arguments.layout]}"
+        _finish(arguments, title, model, localizer, data, measured, confidence_of=arguments.confidence)
 
 
-def _cases(
-    localizer: Localizer, data: SoundingPictures, values: np.ndarray, notes: Sequence[str]
-) -> tuple[list[Case], list[Case]]:
+def _finish(
+    arguments: argparse.Namespace,
+    title: str,
+    model: EvaluatedModel,
+    localizer: Localizer,
+    data: SoundingPictures,
+    measured: Measured,
+    **settings: Any,
+) -> None:
+    from .result import EvaluationResult, Published
+
+    layout, notes = arguments.layout, []
+    if arguments.method == "dense":
+        settings["threshold"] = arguments.threshold
+        notes += [DENSE_NOTE] if arguments.threshold == "half" else []
+    else:
+        settings["detector"] = localizer.detector
+        notes += [GRID_NOTE] if localizer.detector is None else []
+    notes += [NOTES[layout]] if layout in NOTES else []
+    # Those of others are of all pairs.
+    published = [Published(*PUBLISHED[layout])] if layout in PUBLISHED and arguments.limit is None else []
+    best, worst = _cases(localizer, data, measured)
+    result = EvaluationResult(
+        task=arguments.task,
+        title=title,
+        data={"name": NAMES[layout], "licence": LICENCES.get(layout), **data.record()},
+        model=model.record(),
+        settings=run_settings(arguments, "videos", layout=layout, method=arguments.method, **settings),
+        metrics=measured.metrics,
+        intervals=measured.intervals,
+        published=published,
+        best=best,
+        worst=worst,
+        notes=notes,
+    )
+    finish(arguments, result)
+
+
+def _cases(localizer: Localizer, data: SoundingPictures, measured: Measured) -> tuple[list[Case], list[Case]]:
     """Return the pairs of the largest and of the smallest values, the most extreme first, each drawn."""
     import numpy as np
 
@@ -282,31 +215,8 @@ def _cases(
         pair = data.pairs[row]
         drawn = draw_located(data.folder / pair.image, pair, localizer.locate(pair))
         shown = Shown("audio", data.folder / pair.audio, pair.key, pair.label)
-        return Case(shown, float(values[row]), overlay=drawn, note=notes[row])
+        return Case(shown, float(measured.values[row]), overlay=drawn, note=measured.remarks[row])
 
-    order = np.argsort(values, kind="stable").tolist()
+    order = np.argsort(measured.values, kind="stable").tolist()
     count = min(CASES, len(order) // 2)
     return [case(row) for row in order[::-1][:count]], [case(row) for row in order[:count]]
-
-
-def _data(arguments: argparse.Namespace, data: SoundingPictures) -> dict[str, Any]:
-    licence = "for research only, as its page says" if "flickr" in arguments.layout else None
-    return {"name": NAMES[arguments.layout], "licence": licence, **data.record()}
-
-
-def _notes(arguments: argparse.Namespace) -> list[str]:
-    notes = []
-    if arguments.method == "dense" and arguments.threshold == "half":
-        notes.append(DENSE_NOTE)
-    if arguments.method == "proposals" and arguments.detector is None:
-        notes.append(GRID_NOTE)
-    return notes + ([MUSIC_NOTE] if arguments.layout == "music" else [])
-
-
-def _published(arguments: argparse.Namespace) -> list[Published]:
-    from .result import Published
-
-    if arguments.limit is not None:
-        return []
-    found = PUBLISHED.get(arguments.layout)
-    return [] if found is None else [Published(*found)]

@@ -8,6 +8,79 @@ the confidence that there is, as in "A Closer Look at Weakly-Supervised Audio-Vi
 from __future__ import annotations
 
 import numpy as np
+import torch
+
+from ..training.data import Items
+from .bootstrap import bootstrap_statistic
+from .boxes import LEVEL, iou_values
+from .embedding import EvaluatedModel
+from .localization import LOCALIZATION, Localizer, Measured, locate_pairs, mean_metrics
+from .localization_data import SILENT, SoundingPictures
+from .result import MODEL
+
+RECOGNITION, LOCATED = "recognition", "located recognition"
+
+
+def measure_recognition(
+    localizer: Localizer,
+    data: SoundingPictures,
+    matches: np.ndarray | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Measured:
+    """Measure AP and max-F1, of the confidence alone and located, and the localisation of the pairs that sound.
+
+    Intervals are over videos. Beside the model stands what one confidence for all gives.
+
+    Args:
+        matches: `(pairs,)` confidences, such as those of [`picture_matches`]; by default the cosine of the sound with
+            the nearest region or patch.
+    """
+    sounding = np.array([pair.label != SILENT for pair in data.pairs])
+    ious, scores = locate_pairs(localizer, data, progress=progress)
+    confidence, located = scores if matches is None else matches, ious >= LEVEL
+
+    def both(confidence: np.ndarray, rows: np.ndarray) -> dict[str, dict[str, float]]:
+        alone = recognition_metrics(confidence[rows], sounding[rows])
+        return {RECOGNITION: alone, LOCATED: recognition_metrics(confidence[rows], sounding[rows], located[rows])}
+
+    def flat(rows: torch.Tensor) -> dict[str, float]:
+        metrics = both(confidence, rows.numpy())
+        return {f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()}
+
+    every = np.arange(len(confidence))
+    spread = bootstrap_statistic(flat, data.videos(), resamples=resamples, seed=seed)
+    _, videos = data.videos()[sounding].unique(return_inverse=True)
+    means, mean_spread = mean_metrics(iou_values(ious[sounding]), videos, resamples, seed)
+    intervals = {
+        group: {name.partition("/")[2]: ends for name, ends in spread.items() if name.startswith(f"{group}/")}
+        for group in (RECOGNITION, LOCATED)
+    }
+    threshold = best_threshold(confidence, sounding)
+    remarks = [
+        (f"sounds, cIoU {ious[row]:.2f}" if sounding[row] else "nothing sounds")
+        + f", match {confidence[row]:.2f}, accepted from {threshold:.2f} on"
+        for row in every
+    ]
+    return Measured(
+        metrics={
+            "all accepted": both(np.zeros(len(confidence)), every),
+            MODEL: {**both(confidence, every), LOCALIZATION: means},
+        },
+        intervals={MODEL: {**intervals, LOCALIZATION: mean_spread}},
+        values=np.where(sounding, 1, -1) * (confidence - threshold),
+        remarks=remarks,
+    )
+
+
+def picture_matches(model: EvaluatedModel, localizer: Localizer, data: SoundingPictures) -> np.ndarray:
+    """Return the cosine of the whole picture and the sound of each pair, `(pairs,)`."""
+    names = list(dict.fromkeys(pair.image for pair in data.pairs))
+    pictures = dict(zip(names, model.embeds(Items.listed("image", names, data.folder)), strict=True))
+    matches = [pictures[pair.image] @ localizer.sounds[pair.audio] for pair in data.pairs]
+    return torch.stack(matches).double().numpy()
 
 
 def recognition_curve(

@@ -121,7 +121,7 @@ def test_a_second_run_embeds_nothing_and_writes_the_same(
     boxes = [json.loads(line) for line in lines[1:]]
     assert [found[-1] for found in boxes] == [[0, 0, 1, 1]] * 4
     assert max(map(len, boxes)) > 1
-    assert first["settings"]["proposals"]["id"] == detector.name
+    assert first["settings"]["detector"]["id"] == detector.name
 
     def fail(*arguments: object, **keywords: object) -> None:
         raise AssertionError("embedded again")
