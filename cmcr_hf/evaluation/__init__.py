@@ -39,12 +39,9 @@ __all__ = [
     "Published",
     "Shown",
     "baseline_scores",
-<<<<<<< HEAD
-    "cca_maps",
-=======
     "bootstrap_means",
     "bootstrap_statistic",
->>>>>>> a1
+    "cca_maps",
     "chance",
     "closed_cascade",
     "derange_by_name",
