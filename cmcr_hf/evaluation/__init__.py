@@ -2,6 +2,7 @@
 
 from cmcr_hf.evaluation.baselines import (
     baseline_scores,
+    cca_maps,
     closed_cascade,
     derange_by_name,
     one_way_bridge,
@@ -15,6 +16,7 @@ from cmcr_hf.evaluation.retrieval import chance, label_retrieval, pair_retrieval
 
 __all__ = [
     "baseline_scores",
+    "cca_maps",
     "chance",
     "closed_cascade",
     "derange_by_name",

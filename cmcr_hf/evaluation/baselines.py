@@ -138,6 +138,30 @@ def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     return rotation.to(text_a.dtype)
 
 
+def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the maps W_a (d_a, k) and W_b (d_b, k) of canonical correlation analysis, k the smaller width.
+
+    Both spaces are whitened and turned so that the texts correlate axis by axis. An axis is scaled by its correlation
+    (Gong et al., 2014), or those that carry nothing would count as much as those that carry all. Moments are those of
+    the rows as they are, as of the other maps here. Fitted on the texts, so not training-free; solved in float64. Use
+    it as normalize(a W_a) normalize(b W_b)^T.
+
+    Args:
+        ridge: added to both second moments, in units of 1 / width, as in [`ridge_map`].
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    _check_positive("ridge", ridge)
+    whitening = []
+    for texts in (text_a, text_b):
+        values, axes = torch.linalg.eigh(_second_moment(texts, texts))
+        whitening.append((axes * (values.clamp(min=0) + ridge / texts.shape[1]).rsqrt()) @ axes.T)
+    first, second = whitening
+    left, correlations, right = torch.linalg.svd(first @ _second_moment(text_a, text_b) @ second, full_matrices=False)
+    scale = correlations.sqrt()
+    # Each side takes the root, so that their product has the correlation.
+    return (first @ left * scale).to(text_a.dtype), (second @ right.T * scale).to(text_b.dtype)
+
+
 def derange_by_name(names: Sequence[str], generator: torch.Generator) -> torch.Tensor:
     """Draw the null pairing of a bank: an index (n,) of rows in which no row meets a row of its own name.
 

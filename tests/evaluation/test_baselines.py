@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from cmcr_hf.evaluation import baselines
 from cmcr_hf.evaluation.baselines import (
     baseline_scores,
+    cca_maps,
     closed_cascade,
     derange_by_name,
     one_way_bridge,
@@ -361,3 +362,27 @@ def test_procrustes_leaves_out_what_the_texts_do_not_span() -> None:
     fitted = procrustes_map(texts, texts)
     torch.testing.assert_close(fitted, basis @ basis.T)
     torch.testing.assert_close(procrustes_map(disturbed, disturbed), fitted, atol=1e-6, rtol=0)
+
+
+def test_cca_finds_what_two_turned_spaces_share() -> None:
+    # The first 3 of 8 axes are shared, the others are each space's own.
+    shared, own_a, own_b = unit(400, 3, 0), unit(400, 5, 1), unit(400, 5, 2)
+    text_a, text_b = (normalize(torch.cat([shared, own], dim=1), dim=1) for own in (own_a, own_b))
+    text_b = text_b @ rotation(8, 3)
+    to_a, to_b = cca_maps(text_a, text_b)
+    assert to_a.shape == to_b.shape == (8, 8)
+    a, b = normalize(text_a @ to_a, dim=1), normalize(text_b @ to_b, dim=1)
+    assert ((a @ b.T).argmax(dim=1) == torch.arange(400)).float().mean() > 0.2
+    assert ((text_a @ text_b.T).argmax(dim=1) == torch.arange(400)).float().mean() < 0.05
+
+
+def test_cca_makes_axes_of_the_texts_uncorrelated_and_orders_them_by_correlation() -> None:
+    text_a, text_b = unit(300, 6, 0), normalize(unit(300, 4, 1) + unit(300, 6, 0)[:, :4], dim=1)
+    to_a, to_b = cca_maps(text_a, text_b, ridge=1e-9)
+    a, b = (text_a @ to_a).double(), (text_b @ to_b).double()
+    assert a.shape == b.shape == (300, 4)
+    correlations = (a.T @ a / 300).diagonal()
+    assert (correlations.diff() < 1e-6).all() and correlations[0] < 1
+    # Each axis is scaled by the root of its correlation on both sides.
+    for moment, expected in ((a.T @ a, correlations), (b.T @ b, correlations), (a.T @ b, correlations.square())):
+        torch.testing.assert_close(moment / 300, expected.diag(), atol=1e-5, rtol=0)
