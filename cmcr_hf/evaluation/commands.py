@@ -25,9 +25,14 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "cmcr evaluate TASK --help.",
         epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
     )
+    # Which take the frame from here.
+    from .localization_commands import add_localization, add_recognition
+
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add_retrieval(tasks)
     add_classification(tasks)
+    add_localization(tasks)
+    add_recognition(tasks)
 
 
 def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:

@@ -19,6 +19,7 @@ from ..modeling.towers_cmcr import TOWER_PREFIXES
 from ..output import connector_digest, weights_digest
 from ..training.data import Items
 from ..training.embed import embed
+from ..training.store import EmbeddingStore
 from .result import shown
 
 REMEDY = "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
@@ -98,21 +99,30 @@ class EvaluatedModel:
         Raises:
             ValueError: an item cannot be read; names it.
         """
+        return self.source_store(items, space).tensor().float()
+
+    def source_store(self, items: Items, space: str | None = None, *, encoder: Any = None) -> EmbeddingStore:
+        """Return the store of what `source_embeds` returns, to read a part of it at a time.
+
+        Args:
+            encoder: what embeds the items in place of the source, of which it is made, with a width `dim`, such as a
+                [`PatchEncoder`].
+        """
         space = self.model.config.space_of(items.modality, space)
         record = self._record(space, items.modality)
-        known = hashlib.sha256(json.dumps([record, items.fingerprint], sort_keys=True).encode()).hexdigest()
-        store = embed(
-            self.model.sources[space],
+        described = [record, items.fingerprint, *([] if encoder is None else [type(encoder).__name__])]
+        known = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return embed(
+            self.model.sources[space] if encoder is None else encoder,
             self.processor,
             items,
             self.folder / "stores" / f"{space}-{items.modality}-{known[:12]}",
             space=space,
             record=record,
-            dim=(self.model.config.projectors or {})[space]["input_dim"],
+            dim=(self.model.config.projectors or {})[space]["input_dim"] if encoder is None else encoder.dim,
             batch_size=self.batch_size,
             progress=self.progress,
         )
-        return store.tensor().float()
 
     @torch.inference_mode()
     def project(self, embeds: torch.Tensor, modality: str, space: str | None = None) -> torch.Tensor:
