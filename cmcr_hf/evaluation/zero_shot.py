@@ -204,6 +204,7 @@ def cases(scores: torch.Tensor, data: LabelledSet) -> tuple[list[Case], list[Cas
                 Shown("text", words[index], data.classes[index], score=cosine, right=index in data.labels[row])
                 for cosine, index in zip(cosines.tolist(), found.tolist(), strict=True)
             ],
+            note=f"its class is {'ahead of' if margins[row] > 0 else 'behind'} the best other one by that cosine",
         )
 
     return [case(row) for row in right], [case(row) for row in wrong]
