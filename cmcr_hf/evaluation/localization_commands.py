@@ -89,10 +89,10 @@ def add_recognition(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_options(parser, ("extended-vgg-ss", "extended-flickr-soundnet"))
     parser.add_argument(
         "--confidence",
-        choices=("picture", "region"),
-        default="picture",
-        help="what is matched with the sound: the whole picture, or its nearest region or patch (default: "
-        "%(default)s)",
+        choices=("region", "picture"),
+        default="region",
+        help="what is matched with the sound: its nearest region or patch, which a small source does not escape, or "
+        "the picture as a whole (default: %(default)s)",
     )
     parser.set_defaults(run=_recognition)
 

@@ -11,6 +11,10 @@ from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcess
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
+from cmcr_hf.demo.concepts import CONCEPTS
+from cmcr_hf.demo.drawing import draw
+from cmcr_hf.demo.run import run_demo
+from cmcr_hf.demo.synthesis import SAMPLING_RATE, synthesise
 from cmcr_hf.evaluation import proposals
 from cmcr_hf.evaluation.boxes import consensus_iou, consensus_map
 from cmcr_hf.evaluation.localization import CENTRE, Located, draw_located
@@ -25,6 +29,7 @@ from tests.evaluation.sounding_folders import (
     write_music,
     write_vgg_ss,
 )
+from tests.media import encode_audio
 
 LAYOUTS = {"vgg-ss": write_vgg_ss, "flickr-soundnet": write_flickr_soundnet, "music": write_music}
 EXTENDED = {
@@ -138,6 +143,47 @@ def test_a_second_run_embeds_nothing_and_writes_the_same(
     # Another folder, computed anew.
     shutil.rmtree(tmp_path / "out")
     assert evaluate(*run) == first
+
+
+@pytest.fixture(scope="module")
+def collages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two things side by side in noise and the sound of the left one, and as often of a third, as Extended VGG-SS."""
+    folder = tmp_path_factory.mktemp("collages")
+    (folder / "frames").mkdir()
+    (folder / "audio").mkdir()
+    draws = np.random.default_rng(0)
+    concepts = list(CONCEPTS)
+    entries, silent = [], ["video,audio,label"]
+    for number in range(40):
+        left, right, other = (concepts[place] for place in draws.choice(len(concepts), 3, replace=False))
+        collage = Image.fromarray(draws.integers(90, 160, (180, 240, 3), dtype=np.uint8))
+        side, x, y = int(draws.integers(80, 111)), int(draws.integers(10)), int(draws.integers(70))
+        collage.paste(draw(left, draws).resize((side, side)), (x, y))
+        collage.paste(draw(right, draws).resize((100, 100)), (125, 40))
+        name, foreign = f"video{number}_0", f"sound{number}_0"
+        collage.save(folder / "frames" / f"{name}.png")
+        for sound, concept in ((name, left), (foreign, other)):
+            clip = encode_audio(synthesise(concept, draws), SAMPLING_RATE)
+            (folder / "audio" / f"{sound}.wav").write_bytes(clip)
+        box = [x / 240, y / 180, (x + side) / 240, (y + side) / 180]
+        entries.append({"file": name, "class": left, "bbox": [box]})
+        silent.append(f"{name},{foreign},non-sounding")
+    (folder / "vggss.json").write_text(json.dumps(entries))
+    (folder / "vggss_test_plus_silent.csv").write_text("\n".join(silent))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_never_saw_a_pair_finds_what_sounds(tmp_path: Path, collages: Path) -> None:
+    run_demo(tmp_path / "demo", seeds=1, derangements=0, report=lambda line: None)
+    model = tmp_path / "demo" / "model"
+    found = evaluate("localization", model, collages, "vgg-ss", tmp_path / "out")
+    rates = {name: row["localization"]["cIoU@0.5"] for name, row in found["metrics"].items()}
+    assert rates["model"] > 0.4
+    assert rates["model"] > 4 * max(rates["chance"], rates["whole picture"], rates["centre"])
+    found = evaluate("recognition", model, collages, "extended-vgg-ss", tmp_path / "out")
+    assert found["metrics"]["model"]["recognition"]["AP"] > 0.75
+    assert found["metrics"]["all accepted"]["recognition"]["AP"] == 0.5
 
 
 @pytest.mark.parametrize("method", ["proposals", "dense"])
