@@ -16,7 +16,7 @@ from .report import measure_apart, save
 # In order; each has `main(argv)`, which prints its table and may return its rows.
 TABLES = ("floors", "front_ends", "embedding", "aggregation", "training_step", "point_clouds", "service", "growth")
 # By their own commands: what is of a GPU, or needs real data and its time.
-APART = ("gpu", "log_mel", "real_retrieval")
+APART = ("gpu", "log_mel", "real_retrieval", "ablations")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -90,7 +90,16 @@ def test_the_command_explains_itself(capsys):
         ("demo", ["--output", "default: runs/demo", "default: 3", "default: 20", "default: runs/encoders"]),
         ("connect", ["default: runs/NAME", "default: 32", "default: cuda where there is one", "clip-clap", "demo"]),
         ("evaluate retrieval", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate retrieval"]),
-        ("evaluate modelnet40", ["64 prompts", "default: 32", "--data", "Example: cmcr evaluate modelnet40"]),
+        (
+            "evaluate classification",
+            [
+                "--layout esc-50",
+                "default: 32",
+                "default: runs/evaluate/classification",
+                "64 for point clouds",
+                "default: all five",
+            ],
+        ),
     ],
 )
 def test_the_help_of_every_command_names_its_defaults(capsys, command, expected):

@@ -100,7 +100,7 @@ def prove_connector(connector: CMCRConnector, checkpoints: Mapping[str, Checkpoi
     Raises:
         ValueError: they differ by more than the bound.
     """
-    rows = unit_rows(connector.config.projection_dim)
+    rows = unit_rows(connector.config.projection_dim)  # type: ignore[arg-type]
     found, expected = {"clip": connector.project(rows, "clip")}, {"clip": rows}
     for space, checkpoint in checkpoints.items():
         plain = {key: tensor.float() for key, tensor in checkpoint.weights.items()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .baselines import (
         baseline_scores,
+        cca_maps,
         closed_cascade,
         derange_by_name,
         one_way_bridge,
@@ -40,6 +41,7 @@ __all__ = [
     "baseline_scores",
     "bootstrap_means",
     "bootstrap_statistic",
+    "cca_maps",
     "chance",
     "closed_cascade",
     "derange_by_name",

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.functional import normalize
 
+from ..modeling.losses_cmcr import symmetric_info_nce
+
 # Chosen without pairs: between the 0.01 of C-MCR's semantic consistency and the width of a posterior match.
 BRIDGE_TEMPERATURE = 0.03
 # Found with small encoders of 128 dimensions; no value is established for other widths.
@@ -50,11 +52,7 @@ def one_way_bridge(
     Training-free and knows no class. The default temperature is chosen without pairs.
     """
     a, text_a, text_b, b = _checked(a, text_a, text_b, b)
-    _check_positive("temperature", temperature)
-    carried = torch.empty(len(a), text_b.shape[1], dtype=text_b.dtype, device=text_b.device)
-    for rows in _blocks(len(a), len(text_a) * a.element_size()):
-        carried[rows] = _softmax_(a[rows] @ text_a.T, temperature) @ text_b
-    return normalize(carried, dim=-1) @ b.T
+    return _carried(a, text_a, text_b, temperature) @ b.T
 
 
 def two_way_bridge(
@@ -138,6 +136,75 @@ def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     return rotation.to(text_a.dtype)
 
 
+def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the maps W_a (d_a, k) and W_b (d_b, k) of canonical correlation analysis, k the smaller width.
+
+    Both spaces are whitened and turned so that the texts correlate axis by axis. An axis is scaled by its correlation
+    (Gong et al., 2014), or those that carry nothing would count as much as those that carry all. Moments are those of
+    the rows as they are, as of the other maps here. Fitted on the texts, so not training-free; solved in float64. Use
+    it as normalize(a W_a) normalize(b W_b)^T.
+
+    Args:
+        ridge: added to both second moments, in units of 1 / width, as in [`ridge_map`].
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    _check_positive("ridge", ridge)
+    whitening = []
+    for texts in (text_a, text_b):
+        values, axes = torch.linalg.eigh(_second_moment(texts, texts))
+        whitening.append((axes * (values.clamp(min=0) + ridge / texts.shape[1]).rsqrt()) @ axes.T)
+    first, second = whitening
+    left, correlations, right = torch.linalg.svd(first @ _second_moment(text_a, text_b) @ second, full_matrices=False)
+    scale = correlations.sqrt()
+    # Each side takes the root, so that their product has the correlation.
+    return (first @ left * scale).to(text_a.dtype), (second @ right.T * scale).to(text_b.dtype)
+
+
+def linear_map(
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    *,
+    temperature: float = 0.07,
+    steps: int = 400,
+    batch: int = 512,
+    seed: int = 0,
+) -> torch.nn.Linear:
+    """Train one linear layer (d_a to d_b, with bias) by symmetric InfoNCE on the texts, as CLIPCLAP's is trained.
+
+    Text i of space A, mapped and scaled to unit length, is to find text i of space B among a batch. CLIPCLAP
+    (antflydb/clipclap) gives the layer and the temperature; AdamW at 1e-2 with cosine decay, the steps and the batches
+    are ours: seconds, and what more of them add is in the noise. Use it as normalize(map(a)) b^T.
+
+    Args:
+        seed: decides initial weights and batches; torch's global generator is left as it is.
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    _check_positive("temperature", temperature)
+    text_a, text_b = text_a.float(), text_b.float()
+    generator = torch.Generator().manual_seed(seed)
+    layer: torch.nn.Linear = torch.nn.utils.skip_init(  # its own weights come of the global generator
+        torch.nn.Linear, text_a.shape[1], text_b.shape[1], device=text_a.device
+    )
+    with torch.no_grad():
+        bound = text_a.shape[1] ** -0.5
+        layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+        layer.bias.zero_()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rows = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(rows) < min(batch, len(text_a)):
+            rows = torch.cat([rows, torch.randperm(len(text_a), generator=generator)])
+        chosen, rows = rows[:batch].to(text_a.device), rows[batch:]
+        with torch.enable_grad():
+            loss = symmetric_info_nce(normalize(layer(text_a[chosen]), dim=-1), text_b[chosen], 1 / temperature)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+    return layer.requires_grad_(False)
+
+
 def derange_by_name(names: Sequence[str], generator: torch.Generator) -> torch.Tensor:
     """Draw the null pairing of a bank: an index (n,) of rows in which no row meets a row of its own name.
 
@@ -206,6 +273,8 @@ def baseline_scores(
             normalize(audio @ fit(text_a, text_b), dim=-1) @ image.T,
             normalize(image @ fit(text_b, text_a), dim=-1) @ audio.T,
         )
+    mapped = normalize(linear_map(text_a, text_b)(audio.float()), dim=-1) @ image.float().T
+    scores["linear map"] = (mapped, mapped.T)
     there = one_way_bridge(audio, text_a, text_b, image, temperature=bridge_temperature)
     back = one_way_bridge(image, text_b, text_a, audio, temperature=bridge_temperature)
     scores["one-way bridge"] = (there, back)
@@ -219,6 +288,70 @@ def baseline_scores(
             closed_cascade(image, names_image_space, names_audio_space, audio),
         )
     return scores
+
+
+def two_hop_scores(
+    a: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+    b: torch.Tensor,
+    names_a: torch.Tensor | None = None,
+    names_between: torch.Tensor | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Score two spaces that share nothing with each other, but each a modality with a space between them.
+
+    The baselines are those of [`baseline_scores`], carried over both banks: maps one after the other, bridges one
+    after the other, and posterior matching over the last bank of what the first one carried. Each direction starts at
+    its query.
+
+    Args:
+        first: `(items, dim)` of one bank, the same items row by row in the space of a and in that between.
+        second: those of the other bank, in the space between and in that of b.
+        names_a, names_between: a phrase a class in both of these spaces, for the closed cascade.
+    """
+    a, *checked = _checked(a, *first, first[1])
+    first = (checked[0], checked[1])
+    *checked, b = _checked(second[0], *second, b)
+    second = (checked[1], checked[2])
+    scores = {}
+    if a.shape[1] == b.shape[1]:
+        cosine = unconnected(a, b)
+        scores["unconnected"] = (cosine, cosine.T)
+    for name, fit in (("ridge", ridge_map), ("procrustes", procrustes_map)):
+        scores[name] = (
+            normalize(normalize(a @ fit(*first), dim=-1) @ fit(*second), dim=-1) @ b.T,
+            normalize(normalize(b @ fit(*second[::-1]), dim=-1) @ fit(*first[::-1]), dim=-1) @ a.T,
+        )
+    towards, away = linear_map(*first), linear_map(*second[::-1])
+    mapped = normalize(towards(a.float()), dim=-1) @ normalize(away(b.float()), dim=-1).T
+    scores["linear map"] = (mapped, mapped.T)
+    carried_a, carried_b = (
+        _carried(rows, *bank, BRIDGE_TEMPERATURE) for rows, bank in ((a, first), (b, second[::-1]))
+    )
+    there = one_way_bridge(carried_a, *second, b)
+    back = one_way_bridge(carried_b, *first[::-1], a)
+    scores["one-way bridge"] = (there, back)
+    scores["two-way bridge"] = ((there + back.T) / 2, (there.T + back) / 2)
+    scores["posterior matching"] = (
+        posterior_matching(carried_a, *second, b),
+        posterior_matching(carried_b, *first[::-1], a),
+    )
+    if names_a is not None and names_between is not None:
+        named = names_between[(a @ names_a.T).argmax(dim=1)]
+        scores["closed cascade"] = (
+            one_way_bridge(named, *second, b),
+            closed_cascade(carried_b, names_between, names_a, a),
+        )
+    return scores
+
+
+def _carried(a: torch.Tensor, text_a: torch.Tensor, text_b: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Carry every row of a over the texts into space B, to unit length."""
+    _check_positive("temperature", temperature)
+    carried = torch.empty(len(a), text_b.shape[1], dtype=text_b.dtype, device=text_b.device)
+    for rows in _blocks(len(a), len(text_a) * a.element_size()):
+        carried[rows] = _softmax_(a[rows] @ text_a.T, temperature) @ text_b
+    return normalize(carried, dim=-1)
 
 
 def _checked(

@@ -20,7 +20,8 @@ How a task makes a result:
 5.  `best` and `worst` hold a few cases each, picked by `Case.score`, the larger the better. What a case shows are
     `Shown` media, which the page embeds; `overlay` is a picture drawn by the task, such as boxes and a heat map over
     the query's picture. The page reads no file that is not in a case.
-6.  `notes` are sentences that a reader must see beside the numbers, such as a protocol that differs from the
+6.  `breakdowns` list a metric by class or the like, of which the page draws the first and the last.
+7.  `notes` are sentences that a reader must see beside the numbers, such as a protocol that differs from the
     published.
 
 Nothing that is written names a path of the machine: names go through `shown`.
@@ -85,6 +86,19 @@ class Case:
 
 
 @dataclass
+class Breakdown:
+    """A metric of every part of the data, such as the accuracy of every class.
+
+    Args:
+        rows: name, value in [0, 1] and a remark, such as how many items it is of; the page shows the first and the
+            last.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, float, str]]
+
+
+@dataclass
 class Published:
     """Numbers that others have published: `metrics` are theirs, never measured here."""
 
@@ -107,6 +121,7 @@ class EvaluationResult:
         intervals: (low, high) by method, group and metric, as far as there are any.
         published: numbers to stand beside these.
         best, worst: cases.
+        breakdowns: a metric by parts of the data.
         notes: sentences for the reader.
     """
 
@@ -120,6 +135,7 @@ class EvaluationResult:
     published: Sequence[Published] = ()
     best: Sequence[Case] = ()
     worst: Sequence[Case] = ()
+    breakdowns: Sequence[Breakdown] = ()
     notes: Sequence[str] = ()
 
     @property
@@ -168,6 +184,7 @@ class EvaluationResult:
             "published": [vars(entry) for entry in self.published],
             "best": [_case_record(case) for case in self.best],
             "worst": [_case_record(case) for case in self.worst],
+            "breakdowns": [vars(entry) for entry in self.breakdowns],
             "notes": list(self.notes),
         }
 

@@ -34,6 +34,9 @@ AUTO_MAP = {
 PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "ex-mcr", "identity")
 # Those with a hidden layer.
 DEEP_LAYOUTS = ("linear-bn-relu-linear-bn", "ex-mcr")
+# What an objective trains with where a configuration does not say: the temperatures of its paper, or, of C-MCR, which
+# leaves them open, that of its aggregation, which is also what CLIP itself converged to.
+TEMPERATURES = {"c-mcr": 0.01, "ex-mcr": 0.05}
 
 
 def source_embedding_dim(config: PreTrainedConfig) -> int | None:
@@ -68,18 +71,20 @@ class CMCRConfig(PreTrainedConfig):
             `linear-bn-relu-linear-bn` (the heads of the official `clap_clip.pt`), `linear-bn-relu` (those of
             `ulip_clip.pt`), `ex-mcr` (those of Ex-MCR: a linear map of the leaf modality, then two MLPs of the first
             layout for all modalities), `identity` (the space is the shared one). Missing fields are filled in: the
-            first layout, the source's own width, twice `projection_dim`, which is 512-1024-512 at the official
-            sizes.
+            first layout, under `ex-mcr` those of that name with the base as `identity`; the source's own width; twice
+            `projection_dim`, which is 512-1024-512 at the official sizes.
         projection_dim:
-            Width of the shared space.
+            Width of the shared space: 512 by default, under `ex-mcr` that of the base space.
         bridges:
-            `[space, space, overlap modality]` each. Defaults to the pair at hand: CLIP-CLAP through text, CLIP-ULIP
-            through images.
+            `[space, space, overlap modality]` each. Defaults to the pairs at hand: CLIP-CLAP through text, CLIP-ULIP
+            through images. Under `ex-mcr` the first space is the base, which the second is extended into.
         objective:
-            Name of the training objective. `c-mcr` is the paper's (equations 1 to 6 of arXiv 2305.14381).
+            Name of the training objective: `c-mcr` (equations 1 to 6 of arXiv 2305.14381), or `ex-mcr` (arXiv
+            2310.08884), which leaves the base space as it is and trains the projectors of the others alone.
         overlap_temperature, leaf_temperature:
-            Temperatures of the two InfoNCE terms (tau_2 for the native pairs, tau_3 for the pseudo pairs). The paper
-            leaves them open; 0.01 is the temperature of its aggregation, and what CLIP itself converged to.
+            Temperatures of the InfoNCE terms. `c-mcr`: tau_2 for the native pairs and tau_3 for the pseudo pairs, 0.01
+            by default. `ex-mcr`: of the terms that compare with the overlap modality and with the leaf modality of
+            the base space; its paper has one temperature for all, 0.05.
         intra_weight:
             Weight lambda of the term that closes the modality gap inside a space. 0.1 in Ex-MCR, by the same group.
         intra_squared:
@@ -105,19 +110,21 @@ class CMCRConfig(PreTrainedConfig):
         "ulip_config": SubConfigSpec(config_class=UlipConfig, model_type="ulip", optional=True),
     }
     # Scalars of the training step: Trainer would try to concatenate them over evaluation batches.
-    keys_to_ignore_at_inference = ["loss_overlap", "loss_leaf", "loss_intra"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        *("loss_overlap", "loss_leaf", "loss_leaf_overlap", "loss_overlap_leaf", "loss_intra"),
+    ]
 
     clip_config: PreTrainedConfig | dict | None = None
     clap_config: PreTrainedConfig | dict | None = None
     ulip_config: PreTrainedConfig | dict | None = None
     sources: dict | None = None
     fingerprints: list | None = None
-    projectors: dict | None = None  # complete after creation, as are bridges and default_spaces
-    projection_dim: int = 512
+    projectors: dict | None = None  # given after creation, as is what follows with None
+    projection_dim: int | None = None
     bridges: list | None = None
     objective: str = "c-mcr"
-    overlap_temperature: float | int = 0.01
-    leaf_temperature: float | int = 0.01
+    overlap_temperature: float | int | None = None
+    leaf_temperature: float | int | None = None
     intra_weight: float | int = 0.1
     intra_squared: bool = False
     noise_norm: float | int = 1.4310835
@@ -138,16 +145,22 @@ class CMCRConfig(PreTrainedConfig):
             # What `CMCRConfig()` means, which transformers itself asks for when it compares a configuration to its
             # defaults.
             spaces = ["clip", "clap"]
-        self.projectors = {
-            **{space: self._complete_projector(space, given.get(space) or {}) for space in spaces},
-            **{space: given[space] for space in given if space not in spaces},
-        }
         if self.bridges is None:
             self.bridges = [
                 bridge
                 for bridge in (["clip", "clap", "text"], ["clip", "ulip", "image"])
                 if bridge[0] in spaces and bridge[1] in spaces
             ]
+        temperature = TEMPERATURES.get(self.objective, TEMPERATURES["c-mcr"])
+        self.overlap_temperature = temperature if self.overlap_temperature is None else self.overlap_temperature
+        self.leaf_temperature = temperature if self.leaf_temperature is None else self.leaf_temperature
+        if self.projection_dim is None:
+            bases = [space for space in spaces if self._is_base(space)]
+            self.projection_dim = self._input_dim(bases[0], given.get(bases[0]) or {}) if bases else 512
+        self.projectors = {
+            **{space: self._complete_projector(space, given.get(space) or {}) for space in spaces},
+            **{space: given[space] for space in given if space not in spaces},
+        }
         preferred = {"text": "clip", "image": "clip", "audio": "clap", "point_cloud": "ulip"}
         defaults = {}
         for modality, favourite in preferred.items():
@@ -162,6 +175,14 @@ class CMCRConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _complete_projector(self, space: str, given: dict) -> dict:
+        extended = "identity" if self._is_base(space) else "ex-mcr"
+        layout = extended if self.objective == "ex-mcr" else PROJECTOR_LAYOUTS[0]
+        projector = {"layout": layout, **given, "input_dim": self._input_dim(space, given)}
+        if projector["layout"] in DEEP_LAYOUTS:
+            projector.setdefault("hidden_dim", 2 * self.projection_dim)  # type: ignore[operator]
+        return projector
+
+    def _input_dim(self, space: str, given: dict) -> int:
         source = self.source_config(space)
         input_dim = given.get("input_dim") or (512 if source is None else source_embedding_dim(source))
         if input_dim is None:
@@ -169,10 +190,11 @@ class CMCRConfig(PreTrainedConfig):
                 f"Cannot tell the embedding width of a {type(source).__name__}. State it: "
                 f"projectors={{{space!r}: {{'input_dim': WIDTH}}}}."
             )
-        projector = {"layout": PROJECTOR_LAYOUTS[0], **given, "input_dim": input_dim}
-        if projector["layout"] in DEEP_LAYOUTS:
-            projector.setdefault("hidden_dim", 2 * self.projection_dim)
-        return projector
+        return input_dim
+
+    def _is_base(self, space: str) -> bool:
+        """Say whether the others are extended into this space, which stays as it is."""
+        return self.objective == "ex-mcr" and any(bridge[0] == space for bridge in self.bridges or [])
 
     def source_config(self, space: str) -> PreTrainedConfig | None:
         """Return the configuration of the source model in this role, or `None` where it is not given."""
@@ -244,6 +266,11 @@ class CMCRConfig(PreTrainedConfig):
                 raise ValueError(f"Expected a bridge as [space, space, overlap modality], got {bridge}.")
             if bridge[0] not in self.projectors or bridge[1] not in self.projectors:
                 raise ValueError(f"The bridge {bridge} names a space without a projector; there are {self.spaces}.")
+            if self._is_base(bridge[0]) and self.projectors[bridge[0]]["layout"] != "identity":
+                raise ValueError(
+                    f"Expected the layout 'identity' of the {bridge[0]} projector, since ex-mcr leaves the base space "
+                    f"as it is, got {self.projectors[bridge[0]]['layout']!r}. Leave it out, or train c-mcr."
+                )
         for modality, space in self.default_spaces.items():
             if space not in self.projectors or modality not in SPACE_MODALITIES[space]:
                 raise ValueError(f"The default space of {modality} cannot be {space!r}.")

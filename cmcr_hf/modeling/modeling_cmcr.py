@@ -25,6 +25,7 @@ from .configuration_cmcr import (
     LEAF_MODALITIES,
     PROJECTOR_LAYOUTS,
     SPACE_MODALITIES,
+    TEMPERATURES,
     CMCRConfig,
     source_embedding_dim,
 )
@@ -43,13 +44,18 @@ class CMCRConnectorOutput(ModelOutput):
     Args:
         loss: the objective, a scalar, when `return_loss`.
         embeds: `{"{space}_{modality}": (batch, projection_dim)}`, unit rows of the shared space.
-        loss_overlap, loss_leaf, loss_intra: the terms of the objective before weighting, scalars.
+        loss_overlap, loss_leaf, loss_intra: terms of the objective before weighting, scalars: between the spaces for
+            the overlap and for the leaf modalities, and between the modalities of a space.
+        loss_leaf_overlap, loss_overlap_leaf: those that `ex-mcr` has beside them, of the leaf modality of the space
+            that is extended with the overlap of the base, and of its overlap with the leaf modality of the base.
     """
 
     loss: torch.Tensor | None = None
     embeds: dict[str, torch.Tensor] | None = None
     loss_overlap: torch.Tensor | None = None
     loss_leaf: torch.Tensor | None = None
+    loss_leaf_overlap: torch.Tensor | None = None
+    loss_overlap_leaf: torch.Tensor | None = None
     loss_intra: torch.Tensor | None = None
 
 
@@ -234,7 +240,7 @@ class CMCRConnector(CMCRPreTrainedModel):
         super().__init__(config)
         self.projectors = nn.ModuleDict(
             {
-                space: CMCRProjector(**projector, projection_dim=config.projection_dim)
+                space: CMCRProjector(**projector, projection_dim=config.projection_dim)  # type: ignore[arg-type]
                 for space, projector in (config.projectors or {}).items()
             }
         )
@@ -258,7 +264,8 @@ class CMCRConnector(CMCRPreTrainedModel):
     def project(self, embeds: torch.Tensor, space: str, modality: str | None = None) -> torch.Tensor:
         """Project embeddings of one source: `(rows, input_dim)`, of any norm, to `(rows, projection_dim)` unit rows.
 
-        L2 before and after the projector, as the official inference does.
+        L2 before and after the projector, as the official inference does; once where that is the identity, so that a
+        base space keeps every bit.
 
         Args:
             modality: of the embeddings; a projector of the layout `ex-mcr` needs it, the others do not.
@@ -269,7 +276,9 @@ class CMCRConnector(CMCRPreTrainedModel):
                 f"Expected the modality of the embeddings, one of {list(SPACE_MODALITIES[space])}, got {modality!r}: "
                 f"the {space} projector treats the leaf modality in its own way. Pass modality=."
             )
-        dtype = next((parameter.dtype for parameter in projector.parameters()), embeds.dtype)
+        if not projector.layers:
+            return normalize(embeds)
+        dtype = next(projector.parameters()).dtype
         # The first of a space's modalities is the one that no other space has.
         return normalize(projector(normalize(embeds).to(dtype), leaf=modality == SPACE_MODALITIES[space][0]))
 
@@ -285,26 +294,33 @@ class CMCRConnector(CMCRPreTrainedModel):
         Args:
             embeds: `{"{space}_{modality}": (batch, input_dim)}`. For CLIP-CLAP through text: `clip_text` and
                 `clap_text` of the same texts, and their pseudo embeddings `clip_image` and `clap_audio` (semantic
-                consistency, equation 1), row by row. In training mode noise is added to each (semantic completion).
+                consistency, equation 1), row by row; native and pseudo ones in other roles in a pool that is centred
+                on another modality. In training mode noise is added to each (semantic completion).
             noise_seed: makes the noise a function of these numbers, the name of the embeddings and the row's place in
                 the batch, of all ranks of `process_group` in their order; else torch's global generator draws it.
         """
-        projected = {}
+        completed, projected = {}, {}
         for name, source_embeds in embeds.items():
             space, _, modality = name.partition("_")
             if space not in self.projectors:
                 raise ValueError(
                     f"Expected embeddings named space_modality with a space of {list(self.projectors)}, got {name!r}."
                 )
-            projected[name] = self.project(self._complete(source_embeds, name, noise_seed), space, modality)
+            completed[name] = self._complete(source_embeds, name, noise_seed)
+            projected[name] = self.project(completed[name], space, modality)
         output = CMCRConnectorOutput(embeds=projected)
         if return_loss:
-            if self.config.objective != "c-mcr":
-                raise ValueError(f"Cannot train the objective {self.config.objective!r}: this version knows 'c-mcr'.")
-            terms = [self._bridge_terms(projected, bridge) for bridge in self.config.bridges or []]
-            overlap, leaf, intra = (torch.stack(term).mean() for term in zip(*terms, strict=True))
-            output.loss_overlap, output.loss_leaf, output.loss_intra = overlap, leaf, intra
-            output.loss = overlap + leaf + self.config.intra_weight * intra
+            objective, bridges = self.config.objective, self.config.bridges or []
+            if objective == "c-mcr":
+                terms = [self._c_mcr_terms(bridge, projected) for bridge in bridges]
+            elif objective == "ex-mcr":
+                terms = [self._ex_mcr_terms(bridge, completed, projected) for bridge in bridges]
+            else:
+                raise ValueError(
+                    f"Cannot train the objective {objective!r}: this version knows {', '.join(TEMPERATURES)}."
+                )
+            for name in terms[0]:
+                output[name] = torch.stack([term[name] for term in terms]).mean()
         return output
 
     def _complete(self, embeds: torch.Tensor, name: str, noise_seed: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -318,26 +334,60 @@ class CMCRConnector(CMCRPreTrainedModel):
             noise = row_noise(embeds, noise_seed, name, rank * len(embeds))
         return normalize(embeds) + self.config.noise_norm * embeds.shape[-1] ** -0.5 * noise
 
-    def _bridge_terms(self, projected: dict[str, torch.Tensor], bridge: list[str]) -> tuple[torch.Tensor, ...]:
-        space_a, space_b, overlap = bridge
-        names = [f"{space_a}_{overlap}", f"{space_b}_{overlap}"]
-        names += [f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in (space_a, space_b)]
-        missing = [name for name in names if name not in projected]
-        if missing:
-            raise ValueError(
-                f"The bridge {bridge} needs the embeddings {names}; {missing} are not among {list(projected)}."
-            )
-        overlap_a, overlap_b, leaf_a, leaf_b = (projected[name].float() for name in names)
-        distances = torch.cat([overlap_a - leaf_a, overlap_b - leaf_b]).square().sum(dim=-1)
+    def _c_mcr_terms(self, bridge: list[str], projected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the objective of C-MCR and its terms (equations 4 to 6)."""
+        overlap_a, overlap_b, leaf_a, leaf_b = _of_bridge(bridge, projected)
+        terms = {
+            "loss_overlap": self._info_nce(overlap_a, overlap_b, self.config.overlap_temperature),
+            "loss_leaf": self._info_nce(leaf_a, leaf_b, self.config.leaf_temperature),
+            # The mean over both spaces' rows is 1/2 mean_i (d_a + d_b) of equation 5.
+            "loss_intra": self._distance(torch.cat([overlap_a - leaf_a, overlap_b - leaf_b])),
+        }
+        loss = terms["loss_overlap"] + terms["loss_leaf"] + self.config.intra_weight * terms["loss_intra"]
+        return {"loss": loss, **terms}
+
+    def _ex_mcr_terms(
+        self, bridge: list[str], completed: dict[str, torch.Tensor], projected: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the objective of Ex-MCR and its terms: dense alignment, and the gap that the linear map closes."""
+        base_overlap, overlap, base_leaf, leaf = _of_bridge(bridge, projected)
+        tau_overlap, tau_leaf = self.config.overlap_temperature, self.config.leaf_temperature
+        terms = {
+            "loss_overlap": self._info_nce(overlap, base_overlap, tau_overlap),
+            "loss_leaf": self._info_nce(leaf, base_leaf, tau_leaf),
+            "loss_leaf_overlap": self._info_nce(leaf, base_overlap, tau_overlap),
+            "loss_overlap_leaf": self._info_nce(overlap, base_leaf, tau_leaf),
+        }
+        dense = torch.stack([*terms.values()]).mean()
+        linear: Any = self.projectors[bridge[1]].leaf_linear
+        if linear is not None:
+            # Before the MLPs: the linear map alone is to close the gap of its space.
+            _, overlap, _, leaf = _of_bridge(bridge, completed)
+            overlap, leaf = normalize(overlap), linear(normalize(leaf).to(linear.weight.dtype)).float()
+        terms["loss_intra"] = self._distance(leaf - overlap) / 2
+        return {"loss": dense + self.config.intra_weight * terms["loss_intra"], **terms}
+
+    def _info_nce(self, a: torch.Tensor, b: torch.Tensor, temperature: Any) -> torch.Tensor:
+        return symmetric_info_nce(a, b, 1 / temperature, self.process_group)
+
+    def _distance(self, difference: torch.Tensor) -> torch.Tensor:
+        """Return the mean Euclidean norm of the rows, or that of its square."""
+        distances = difference.square().sum(dim=-1)
         if not self.config.intra_squared:
             # The root's slope is infinite at 0, which two identical vectors reach.
             distances = distances.clamp_min(1e-12).sqrt()
-        return (
-            symmetric_info_nce(overlap_a, overlap_b, 1 / self.config.overlap_temperature, self.process_group),
-            symmetric_info_nce(leaf_a, leaf_b, 1 / self.config.leaf_temperature, self.process_group),
-            # The mean over both spaces' rows is 1/2 mean_i (d_a + d_b) of equation 5.
-            distances.mean(),
-        )
+        return distances.mean()
+
+
+def _of_bridge(bridge: list[str], embeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the embeddings of a bridge in float32: the overlap in both spaces, then the leaf modality of each."""
+    spaces, overlap = bridge[:2], bridge[2]
+    names = [f"{space}_{overlap}" for space in spaces]
+    names += [f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in spaces]
+    missing = [name for name in names if name not in embeds]
+    if missing:
+        raise ValueError(f"The bridge {bridge} needs the embeddings {names}; {missing} are not among {list(embeds)}.")
+    return [embeds[name].float() for name in names]
 
 
 class CMCRModel(CMCRPreTrainedModel):

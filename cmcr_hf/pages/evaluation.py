@@ -16,6 +16,8 @@ from .page import cloud_uri, data_uri, picture_uri, render, sound_uri, write_pag
 
 # What a page embeds at most; each thing is of bounded size.
 CASES, FOUND, OVERLAY_SIDE = 8, 5, 480
+# Rows of a breakdown from either end, and entries of a list among the settings.
+ROWS, LISTED = 10, 20
 
 
 def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
@@ -28,6 +30,11 @@ def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
             for kind, cases in (("best", result.best), ("worst", result.worst))
             if cases
         },
+        "breakdowns": [
+            {"title": entry.title, "rows": [*entry.rows[:ROWS], *entry.rows[ROWS:][-ROWS:]], "count": len(entry.rows)}
+            for entry in result.breakdowns
+            if entry.rows
+        ],
         "sources": dict.fromkeys(entry.source for entry in result.published),
         "facts": [*_flat(result.data), *_flat(result.model), *_flat(result.settings)],
     }
@@ -104,6 +111,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             pairs += _flat(value, f"{prefix}{name} ")
         elif value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            text = str(value)
+            if isinstance(value, (list, tuple)):
+                more = [f"... ({len(value):,} in result.json)"] if len(value) > LISTED else []
+                text = ", ".join([*map(str, value[:LISTED]), *more])
             pairs.append((f"{prefix}{name}".replace("_", " "), text))
     return pairs

@@ -22,8 +22,9 @@ GENERATOR = "cmcr_hf"
 # Hz; the highest that keeps the small format of MP3 (MPEG-2) which every browser plays.
 PAGE_RATE = 24_000
 
+_LOADER = jinja2.PackageLoader("cmcr_hf.pages")
 _templates = jinja2.Environment(
-    loader=jinja2.PackageLoader("cmcr_hf.pages"),
+    loader=_LOADER,
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -31,13 +32,19 @@ _templates = jinja2.Environment(
 )
 
 
-def render(template: str, context: Mapping[str, Any]) -> str:
+def render(template: str, context: Mapping[str, Any], folder: Path | None = None) -> str:
     """Fill a template of `pages/templates`, such as `report.html.jinja`; every string of the context is escaped.
 
     Pages extend `page.html.jinja`, which has the blocks `title`, `style` and `main`. The same context gives the same
     text; a name that the context lacks is an error.
+
+    Args:
+        folder: with templates of its own, which may extend ours.
     """
-    return _templates.get_template(template).render(generator=GENERATOR, **context)
+    templates = _templates
+    if folder is not None:
+        templates = _templates.overlay(loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(folder), _LOADER]))
+    return templates.get_template(template).render(generator=GENERATOR, **context)
 
 
 def picture_uri(image: Any, size: int = 128) -> str:

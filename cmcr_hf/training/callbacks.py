@@ -25,7 +25,7 @@ class LossTermsCallback(TrainerCallback):
 
     def _record(self, connector: torch.nn.Module, inputs: Any, output: Any) -> None:
         if connector.training:
-            for name in ("loss_overlap", "loss_leaf", "loss_intra"):
+            for name in (name for name in output if name.startswith("loss_")):
                 self._sums[name] = self._sums.get(name, 0) + output[name].detach()
             self._steps += 1
 

@@ -73,7 +73,7 @@ class Items:
 
     def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path, *, strict: bool = True) -> None:
         self.modality = modality
-        self._parts = [_read(spec, modality, root, strict) for spec in specs]
+        self._parts: list[_Listed | _Stream | _Made] = [_read(spec, modality, root, strict) for spec in specs]
 
     @classmethod
     def listed(
@@ -102,6 +102,22 @@ class Items:
         items = cls([], modality, Path())
         items._parts = [entry]
         return items
+
+    @classmethod
+    def made(cls, modality: str, items: Sequence[Item], version: str) -> Items:
+        """Return items that are made of local files when they are read, such as the rows of an archive.
+
+        Args:
+            items: each with a [`RemoteFile`] that names the file it is made of.
+            version: of how they are made, which counts as the size and the change time of the files do.
+        """
+        digest = hashlib.sha256(version.encode())
+        for item in items:
+            status = os.stat(item.value.path)
+            digest.update(json.dumps([item.key, item.label, status.st_size, status.st_mtime_ns]).encode())
+        made = cls([], modality, Path())
+        made._parts = [_Made(items, digest.hexdigest())]
+        return made
 
     @property
     def fingerprint(self) -> str:
@@ -171,6 +187,24 @@ class _Listed:
         """Keep so many of the items, from the start."""
         if limit is not None:
             self.keys, self.names, self.labels = self.keys[:limit], self.names[:limit], self.labels[:limit]
+
+
+@dataclass
+class _Made:
+    """Items that the caller makes."""
+
+    items: Sequence[Item]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def read(self, first: int, stop: int, start: int = 0) -> Iterator[Item]:
+        """Yield the items of a stretch, from a place in it on."""
+        return iter(self.items[first + start : stop])
 
 
 def _list_address(spec: DataSpec, modality: str) -> _Listed:

@@ -7,6 +7,9 @@ Example, after `cmcr connect` or `aggregate` wrote the four row-aligned stores:
         runs/demo/pseudo/clip-image runs/demo/pseudo/clap-audio \\
         --output_dir runs/mine --num_train_epochs 36 --per_device_train_batch_size 512
 
+`--objective ex-mcr` leaves CLIP as it is and trains the other projector alone. Stores of several pools, the four of
+each of the same items, are shuffled together.
+
 Every option of `transformers.TrainingArguments` is there, with the paper's values as defaults: AdamW, learning rate
 1e-3 with cosine decay, batch 4096, 36 epochs. `--resume_from_checkpoint DIR` ends with the weights of an unbroken run,
 and so does `--resume_from_last_checkpoint`, which finds it in the output folder.
@@ -104,23 +107,34 @@ class ConnectorArguments:
     stores: list[str] = field(
         metadata={
             "help": "Embedding stores of row-aligned items, folders or addresses such as hf://datasets/ORG/NAME, in "
-            "any order: native overlap pair and pseudo leaf pair."
+            "any order: native overlap pair and pseudo leaf pair; those of other pools behind them."
         }
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
     connector_config: str | None = field(
         default=None, metadata={"help": "Folder or file of a CMCRConfig; else the options below."}
     )
-    projection_dim: int = field(default=512, metadata={"help": "Width of the shared space."})
-    layout: str = field(default="linear-bn-relu-linear-bn", metadata={"help": "Layout of both projectors."})
+    objective: str = field(default=CMCRConfig.objective, metadata={"help": "What to train: c-mcr or ex-mcr."})
+    projection_dim: int | None = field(
+        default=None, metadata={"help": "Width of the shared space (default: 512; ex-mcr: that of CLIP)."}
+    )
+    layout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layout of the projectors, ex-mcr: of the one that is trained (default: "
+            "linear-bn-relu-linear-bn, ex-mcr)."
+        },
+    )
     noise_norm: float = field(
         default=CMCRConfig.noise_norm, metadata={"help": "Norm of the semantic completion noise; 0: none."}
     )
-    overlap_temperature: float = field(
-        default=0.01, metadata={"help": "InfoNCE temperature of the native pairs (tau 2)."}
+    overlap_temperature: float | None = field(
+        default=None,
+        metadata={"help": "InfoNCE temperature of the native pairs (tau 2; default: 0.01, ex-mcr: 0.05)."},
     )
-    leaf_temperature: float = field(
-        default=0.01, metadata={"help": "InfoNCE temperature of the pseudo pairs (tau 3)."}
+    leaf_temperature: float | None = field(
+        default=None,
+        metadata={"help": "InfoNCE temperature of the pseudo pairs (tau 3; default: 0.01, ex-mcr: 0.05)."},
     )
     intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
     resume_from_last_checkpoint: bool = field(
@@ -129,36 +143,79 @@ class ConnectorArguments:
     )
 
 
+Embeds = dict[str, torch.Tensor]
+
+
 class ConnectionDataset(Dataset[dict[str, Any]]):
     """Row-aligned embeddings `{"{space}_{modality}": (rows, dim)}` that are indexed a whole batch at a time.
 
     Args:
+        pools: such embeddings, or several of them of the same names, whose rows count on from pool to pool.
         device: to hold the embeddings on, in the dtype they have.
     """
 
-    def __init__(self, embeds: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
-        rows = {name: len(tensor) for name, tensor in embeds.items()}
-        if len(set(rows.values())) != 1:
-            raise ValueError(
-                f"Expected stores of the same items, row by row, got {rows} rows. Embed the same items in each."
-            )
-        self.embeds = {name: tensor.to(device) for name, tensor in embeds.items()}
+    def __init__(self, pools: Embeds | Sequence[Embeds], device: torch.device | str = "cpu") -> None:
+        self.pools = [pools] if isinstance(pools, dict) else list(pools)
+        for embeds in self.pools:
+            rows = {name: len(tensor) for name, tensor in embeds.items()}
+            if len(set(rows.values())) != 1:
+                raise ValueError(
+                    f"Expected stores of the same items, row by row, got {rows} rows. Embed the same items in each."
+                )
+            if embeds.keys() != self.pools[0].keys():
+                raise ValueError(
+                    f"Expected pools of the same embeddings, got {list(embeds)} beside {[*self.pools[0]]}."
+                )
+        self.pools = [{name: tensor.to(device) for name, tensor in embeds.items()} for embeds in self.pools]
+        rows_of = torch.tensor([len(next(iter(embeds.values()))) for embeds in self.pools])
+        self._stops = rows_of.cumsum(0)
+        self._starts = self._stops - rows_of
 
     def __len__(self) -> int:
-        return len(next(iter(self.embeds.values())))
+        return int(self._stops[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all embeddings."""
+        return sum(tensor.nbytes for embeds in self.pools for tensor in embeds.values())
+
+    def select(self, rows: torch.Tensor) -> ConnectionDataset:
+        """Return a data set of some rows, those of the first pool first."""
+        return ConnectionDataset(
+            [{name: tensor[own] for name, tensor in embeds.items()} for embeds, _, own in self._by_pool(rows)]
+        )
+
+    def to(self, device: torch.device | str) -> ConnectionDataset:
+        """Return the data set with its embeddings on a device."""
+        return ConnectionDataset(self.pools, device)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        # One gather a batch in place of thousands of single rows and their collation.
-        device = next(iter(self.embeds.values())).device
-        rows = torch.as_tensor(indices)
-        if device.type == "cuda":
-            # From pinned memory, or the host would wait for the step before.
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
-        return {"embeds": {name: tensor[rows].float() for name, tensor in self.embeds.items()}}
+        # One gather a batch and pool in place of thousands of single rows and their collation.
+        parts = list(self._by_pool(torch.as_tensor(indices)))
+        places = torch.cat([places for _, places, _ in parts])
+        device = next(iter(self.pools[0].values())).device
+        batch = {}
+        for name in self.pools[0]:
+            rows = [embeds[name][_rows_on(own, device)].float() for embeds, _, own in parts]
+            # Back in the order of the indices, which the noise of a row and its rank depend on.
+            batch[name] = rows[0] if len(rows) == 1 else torch.cat(rows)[_rows_on(places.argsort(), device)]
+        return {"embeds": batch}
+
+    def _by_pool(self, rows: torch.Tensor) -> Iterator[tuple[Embeds, torch.Tensor, torch.Tensor]]:
+        """Yield the pools that rows lie in, with the places of these among all of them, and their rows in the pool."""
+        pool_of = torch.bucketize(rows, self._stops, right=True)
+        for number, embeds in enumerate(self.pools):
+            places = (pool_of == number).nonzero().flatten()
+            if len(places):
+                yield embeds, places, rows[places] - self._starts[number]
+
+
+def _rows_on(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return row numbers on a device: by way of pinned memory, or the host would wait for the step before."""
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
 
 def keep_batch(batch: Any) -> dict[str, Any]:
@@ -193,7 +250,7 @@ def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def train_connector(
     config: CMCRConfig,
-    embeds: dict[str, torch.Tensor],
+    embeds: Embeds | Sequence[Embeds],
     args: TrainingArguments,
     *,
     validation_rows: int = 0,
@@ -202,7 +259,8 @@ def train_connector(
     """Train a fresh connector on row-aligned embeddings; return it, in eval mode on the CPU, with Trainer's log.
 
     Args:
-        embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair.
+        embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair; or several such
+            pools, which are shuffled together.
         args: `seed` decides the initial weights, the order and the noise; `resume_from_checkpoint` goes on with a run.
             Ranks of `torchrun` train as one would with a batch of `per_device_train_batch_size` times their number.
         validation_rows: rows of a fixed permutation that are held out and evaluated at the end.
@@ -212,7 +270,8 @@ def train_connector(
         ValueError: fewer rows than one batch, a batch of one, stores that are not aligned, or a loss or weights that
             are not finite.
     """
-    rows = len(next(iter(embeds.values())))
+    training, held_out = ConnectionDataset(embeds), None
+    rows = len(training)
     if not 0 <= validation_rows < rows:
         raise ValueError(f"validation_rows is {validation_rows}, expected 0 or more and fewer than the {rows} rows.")
     if args.n_gpu > 1:
@@ -230,13 +289,9 @@ def train_connector(
             f"The batch size is {batch_size}, expected at least 2: BatchNorm and InfoNCE "
             "compare the rows of a batch. Raise per_device_train_batch_size (train.batch_size in a recipe)."
         )
-    training, held_out = ConnectionDataset(embeds), None
     if validation_rows:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-        training, held_out = (
-            ConnectionDataset({name: tensor[part] for name, tensor in embeds.items()})
-            for part in (order[validation_rows:], order[:validation_rows])
-        )
+        training, held_out = training.select(order[validation_rows:]), training.select(order[:validation_rows])
     if len(training) < batch_size:
         raise ValueError(
             f"Expected at least one batch of {batch_size} training rows, got {len(training)}. Use more "
@@ -251,9 +306,9 @@ def train_connector(
             )
         batches = math.ceil(len(held_out) / (args.per_device_eval_batch_size * args.world_size))
         args.per_device_eval_batch_size = len(held_out) // (batches * args.world_size)
-    if fit_on_device(embeds, args):
-        training = ConnectionDataset(training.embeds, args.device)
-        held_out = held_out and ConnectionDataset(held_out.embeds, args.device)
+    if fit_on_device(training.nbytes + (0 if held_out is None else held_out.nbytes), args):
+        training = training.to(args.device)
+        held_out = None if held_out is None else held_out.to(args.device)
     # Trainer saves its arguments with every checkpoint: those of a run that goes on are to be the same.
     checkpoint, args.resume_from_checkpoint = args.resume_from_checkpoint, None
     set_seed(args.seed)
@@ -283,12 +338,12 @@ def train_connector(
     return connector.cpu().eval(), trainer.state.log_history
 
 
-def fit_on_device(embeds: dict[str, torch.Tensor], args: TrainingArguments) -> bool:
-    """Say whether the embeddings take less than half of a GPU's free memory, and this process makes the batches."""
+def fit_on_device(nbytes: int, args: TrainingArguments) -> bool:
+    """Say whether embeddings take less than half of a GPU's free memory, and this process makes the batches."""
     if args.device.type != "cuda" or args.dataloader_num_workers or args.dataloader_pin_memory:
         return False
     free, _ = torch.cuda.mem_get_info(args.device)
-    return sum(tensor.nbytes for tensor in embeds.values()) < free / 2
+    return nbytes < free / 2
 
 
 @contextmanager
@@ -302,6 +357,16 @@ def _closed_bars(trainer: Trainer) -> Iterator[None]:
                 for bar in (callback.training_bar, callback.prediction_bar):
                     if bar is not None:
                         bar.close()
+
+
+def pools_of(stores: Sequence[EmbeddingStore]) -> list[list[EmbeddingStore]]:
+    """Return the stores of each pool: all of them, or, where one embedding is there twice, those of the same items."""
+    if len({(store.space, store.modality) for store in stores}) == len(stores):
+        return [list(stores)]
+    pools: dict[tuple[str, ...], list[EmbeddingStore]] = {}
+    for store in stores:
+        pools.setdefault(tuple(store.keys()), []).append(store)
+    return list(pools.values())
 
 
 def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict[str, EmbeddingStore]:
@@ -364,19 +429,26 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.connector_config is not None:
             config = CMCRConfig.from_pretrained(arguments.connector_config)
         else:
-            options = ("projection_dim", "noise_norm", "overlap_temperature", "leaf_temperature", "intra_weight")
+            options = ["objective", "projection_dim", "noise_norm", "intra_weight"]
+            options += ["overlap_temperature", "leaf_temperature"]
+            layout = {} if arguments.layout is None else {"layout": arguments.layout}
+            # Of ex-mcr, CLIP is the base, which stays as it is.
+            fixed = ("clip",) if arguments.objective == "ex-mcr" else ()
             config = CMCRConfig(
-                projectors={store.space: {"layout": arguments.layout, "input_dim": store.dim} for store in stores},
+                projectors={
+                    store.space: {"input_dim": store.dim, **({} if store.space in fixed else layout)}
+                    for store in stores
+                },
                 **{name: getattr(arguments, name) for name in options},
             )
     except StrictDataclassError as error:
         raise ValueError(f"The connector's configuration is not valid: {error.__cause__ or error}") from error
-    ordered = ordered_stores(stores, config)
+    pools = [ordered_stores(pool, config) for pool in pools_of(stores)]
     sources = {store.space: {name: store.source[name] for name in ("id", "revision")} for store in stores}
     # The name of a local folder does not tell where it lies; a Hub id, which has one slash, is found anywhere.
     if all(source["id"].count("/") == 1 for source in sources.values()):
         config.sources = sources
-    embeds = {name: store.tensor() for name, store in ordered.items()}
+    embeds = [{name: store.tensor() for name, store in pool.items()} for pool in pools]
     if arguments.resume_from_last_checkpoint:
         if args.resume_from_checkpoint is not None:
             raise ValueError(

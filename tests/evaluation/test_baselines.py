@@ -10,12 +10,15 @@ from torch.nn.functional import normalize
 from cmcr_hf.evaluation import baselines
 from cmcr_hf.evaluation.baselines import (
     baseline_scores,
+    cca_maps,
     closed_cascade,
     derange_by_name,
+    linear_map,
     one_way_bridge,
     posterior_matching,
     procrustes_map,
     ridge_map,
+    two_hop_scores,
     two_way_bridge,
     unconnected,
 )
@@ -250,6 +253,7 @@ def test_text_bridges_rotated_spaces_in_both_directions(world: World) -> None:
     assert set(scores) == {
         "ridge",
         "procrustes",
+        "linear map",
         "one-way bridge",
         "two-way bridge",
         "posterior matching",
@@ -291,9 +295,42 @@ def test_report_scores_are_those_of_the_single_functions(four: Four) -> None:
     torch.testing.assert_close(scores["ridge"][1], ridge)
 
 
+def test_the_linear_map_finds_the_rotation_and_leaves_the_global_generator_alone(world: World) -> None:
+    state = torch.get_rng_state()
+    layer = linear_map(world.text_a, world.text_b)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    again = linear_map(world.text_a, world.text_b)
+    assert torch.equal(layer.weight, again.weight)
+    assert not torch.equal(layer.weight, linear_map(world.text_a, world.text_b, seed=1).weight)
+    found = (normalize(layer(world.text_a), dim=1) * world.text_b).sum(1).mean()
+    assert found > 0.9
+
+
+def test_over_two_hops_every_baseline_goes_through_the_space_between(four: Four) -> None:
+    a, *first, _ = four
+    second, b = (unit(40, 14, 4), unit(40, 12, 5)), unit(7, 12, 6)
+    names, between = unit(3, 10, 7), unit(3, 14, 8)
+    scores = two_hop_scores(a, (first[0], first[1]), second, b, names, between)
+    carried = normalize(softmax64(a, first[0], 0.03) @ first[1].double(), dim=1).float()
+    there, back = scores["one-way bridge"]
+    torch.testing.assert_close(there, bridge64(carried, *second, b, 0.03).float(), atol=1e-5, rtol=0)
+    carried_back = normalize(softmax64(b, second[1], 0.03) @ second[0].double(), dim=1).float()
+    torch.testing.assert_close(back, bridge64(carried_back, first[1], first[0], a, 0.03).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores["two-way bridge"][0], (there + back.T) / 2)
+    mapped = normalize(a @ ridge_map(first[0], first[1]), dim=1) @ ridge_map(*second)
+    torch.testing.assert_close(scores["ridge"][0], normalize(mapped, dim=1) @ b.T)
+    matched = posterior_matching(carried, *second, b)
+    torch.testing.assert_close(scores["posterior matching"][0], matched, atol=1e-5, rtol=1e-4)
+    named = between[(a @ names.T).argmax(1)]
+    torch.testing.assert_close(scores["closed cascade"][0], one_way_bridge(named, *second, b))
+    assert {name: (len(there), len(back)) for name, (there, back) in scores.items()} == dict.fromkeys(scores, (9, 7))
+    assert set(two_hop_scores(a, (first[0], first[1]), second, b)) == set(scores) - {"closed cascade"}
+
+
 def test_spaces_of_different_widths_without_names_leave_two_baselines_out(four: Four) -> None:
     a, text_a, text_b, b = four
-    names = {"ridge", "procrustes", "one-way bridge", "two-way bridge", "posterior matching"}
+    names = {"ridge", "procrustes", "linear map", "one-way bridge", "two-way bridge", "posterior matching"}
     assert set(baseline_scores(a, b, text_a, text_b)) == names
 
 
@@ -361,3 +398,27 @@ def test_procrustes_leaves_out_what_the_texts_do_not_span() -> None:
     fitted = procrustes_map(texts, texts)
     torch.testing.assert_close(fitted, basis @ basis.T)
     torch.testing.assert_close(procrustes_map(disturbed, disturbed), fitted, atol=1e-6, rtol=0)
+
+
+def test_cca_finds_what_two_turned_spaces_share() -> None:
+    # The first 3 of 8 axes are shared, the others are each space's own.
+    shared, own_a, own_b = unit(400, 3, 0), unit(400, 5, 1), unit(400, 5, 2)
+    text_a, text_b = (normalize(torch.cat([shared, own], dim=1), dim=1) for own in (own_a, own_b))
+    text_b = text_b @ rotation(8, 3)
+    to_a, to_b = cca_maps(text_a, text_b)
+    assert to_a.shape == to_b.shape == (8, 8)
+    a, b = normalize(text_a @ to_a, dim=1), normalize(text_b @ to_b, dim=1)
+    assert ((a @ b.T).argmax(dim=1) == torch.arange(400)).float().mean() > 0.2
+    assert ((text_a @ text_b.T).argmax(dim=1) == torch.arange(400)).float().mean() < 0.05
+
+
+def test_cca_makes_axes_of_the_texts_uncorrelated_and_orders_them_by_correlation() -> None:
+    text_a, text_b = unit(300, 6, 0), normalize(unit(300, 4, 1) + unit(300, 6, 0)[:, :4], dim=1)
+    to_a, to_b = cca_maps(text_a, text_b, ridge=1e-9)
+    a, b = (text_a @ to_a).double(), (text_b @ to_b).double()
+    assert a.shape == b.shape == (300, 4)
+    correlations = (a.T @ a / 300).diagonal()
+    assert (correlations.diff() < 1e-6).all() and correlations[0] < 1
+    # Each axis is scaled by the root of its correlation on both sides.
+    for moment, expected in ((a.T @ a, correlations), (b.T @ b, correlations), (a.T @ b, correlations.square())):
+        torch.testing.assert_close(moment / 300, expected.diag(), atol=1e-5, rtol=0)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from transformers import AutoConfig, ClapConfig, CLIPConfig, SiglipConfig
 
@@ -33,6 +35,23 @@ def test_projectors_take_their_width_from_the_sources():
 def test_official_sizes_are_the_default_ones():
     projector = CMCRConfig(clip_config=CLIPConfig(), clap_config=ClapConfig()).projectors["clap"]
     assert projector == {"layout": "linear-bn-relu-linear-bn", "input_dim": 512, "hidden_dim": 1024}
+
+
+def test_an_objective_brings_the_values_of_its_paper_where_none_are_given(tmp_path):
+    assert (two_projectors().overlap_temperature, two_projectors().leaf_temperature) == (0.01, 0.01)
+    assert two_projectors().projection_dim == 512
+    config = two_projectors(objective="ex-mcr", leaf_temperature=0.2)
+    assert (config.overlap_temperature, config.leaf_temperature, config.projection_dim) == (0.05, 0.2, 4)
+    assert config.projectors == {
+        "clip": {"layout": "identity", "input_dim": 4},
+        "clap": {"layout": "ex-mcr", "input_dim": 6, "hidden_dim": 8},
+    }
+    for saved in (config, two_projectors()):
+        # Written out, so that another default of a later version changes no model.
+        saved.save_pretrained(tmp_path)
+        document = json.loads((tmp_path / "config.json").read_text())
+        assert document["overlap_temperature"] == saved.overlap_temperature
+        assert document["projection_dim"] == saved.projection_dim
 
 
 def test_default_noise_is_the_variance_of_the_paper_at_512_dimensions():
@@ -86,6 +105,10 @@ def test_the_ulip_space_of_a_connector_needs_no_source_configuration():
         ({"projectors": {"clip": {"input_dim": 4, "layout": "mlp"}}}, "Unknown layout 'mlp'"),
         ({"projectors": {"clip": {"input_dim": 4, "depth": 3}}}, "Unknown fields"),
         ({"projectors": {"clip": {"input_dim": 4, "layout": "identity"}}}, "projection_dim must equal"),
+        (
+            {"objective": "ex-mcr", "projectors": {"clip": {"layout": "linear-bn-relu"}, "clap": {}}},
+            "Expected the layout 'identity' of the clip projector",
+        ),
         ({"bridges": [["clip", "clap"]]}, "Expected a bridge"),
         ({"bridges": [["clip", "clap", "image"]]}, "Expected a bridge"),
         ({"bridges": [["clip", "ulip", "image"]]}, "without a projector"),

@@ -226,10 +226,68 @@ def test_embeddings_of_an_unknown_space_are_refused():
 
 
 def test_an_objective_of_a_later_version_projects_but_does_not_train():
-    connector = small_connector(objective="ex-mcr")
+    connector = small_connector(objective="later")
     assert connector.eval()(quadruple(), return_loss=False).embeds["clip_text"].shape == (16, 8)
-    with pytest.raises(ValueError, match="Cannot train the objective 'ex-mcr'"):
+    with pytest.raises(ValueError, match="Cannot train the objective 'later': this version knows c-mcr, ex-mcr"):
         connector(quadruple())
+
+
+def extension(**fields):
+    torch.manual_seed(0)
+    projectors = {"clip": {"input_dim": 4}, "clap": {"input_dim": 6}}
+    return CMCRConnector(CMCRConfig(**{"projectors": projectors, "objective": "ex-mcr", **fields}))
+
+
+def cross_entropy_both_ways(a, b, temperature):
+    logits = a.double() @ b.double().T / temperature
+    rows = torch.arange(len(a))
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+
+
+def test_the_loss_of_ex_mcr_is_that_of_its_paper_on_noisy_vectors():
+    connector = extension(intra_weight=0.7, leaf_temperature=0.3, noise_norm=0.5).train()
+    embeds, projector = quadruple(), connector.projectors["clap"]
+    with torch.no_grad():
+        projector.leaf_linear.weight.normal_()
+        projector.leaf_linear.bias.normal_()
+    torch.manual_seed(5)
+    # Drawn in the order of the embeddings; a base vector is noisy too, and no more than scaled behind that.
+    noisy = {
+        name: F.normalize(rows + 0.5 * rows.shape[1] ** -0.5 * torch.randn_like(rows), dim=-1)
+        for name, rows in embeds.items()
+    }
+    linear = noisy["clap_audio"] @ projector.leaf_linear.weight.T + projector.leaf_linear.bias
+    text = F.normalize(projector.layers(noisy["clap_text"]), dim=-1)
+    audio = F.normalize(projector.layers(linear), dim=-1)
+    expected = {
+        "loss_overlap": cross_entropy_both_ways(text, noisy["clip_text"], 0.05),
+        "loss_leaf": cross_entropy_both_ways(audio, noisy["clip_image"], 0.3),
+        "loss_leaf_overlap": cross_entropy_both_ways(audio, noisy["clip_text"], 0.05),
+        "loss_overlap_leaf": cross_entropy_both_ways(text, noisy["clip_image"], 0.3),
+    }
+    expected["loss"] = sum(expected.values()) / 4
+    expected["loss_intra"] = (linear - noisy["clap_text"]).norm(dim=-1).mean().double() / 2
+    expected["loss"] = expected["loss"] + 0.7 * expected["loss_intra"]
+    torch.manual_seed(5)
+    output = connector(embeds)
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_ex_mcr_closes_the_gap_before_the_mlps_or_behind_a_projector_without_a_linear_map():
+    squared = extension(intra_squared=True).eval()(quadruple())
+    audio, text = quadruple()["clap_audio"], quadruple()["clap_text"]
+    # The linear map starts as the identity.
+    torch.testing.assert_close(squared.loss_intra, (audio - text).square().sum(-1).mean() / 2)
+    plain = extension(projectors={"clip": {"input_dim": 4}, "clap": {"input_dim": 6, "layout": "linear-bn-relu"}})
+    output = plain.eval()(quadruple())
+    gap = output.embeds["clap_audio"] - output.embeds["clap_text"]
+    torch.testing.assert_close(output.loss_intra, gap.norm(dim=-1).mean() / 2)
+
+
+def test_a_base_space_keeps_every_bit():
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(extension().project(rows, "clip", "image"), F.normalize(rows, dim=-1))
 
 
 # Features

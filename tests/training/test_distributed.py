@@ -46,11 +46,11 @@ def test_the_gradients_of_the_loss_over_two_ranks_are_those_of_all_rows(runs):
         torch.testing.assert_close(found, whole[side], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["", "-accumulating"])
+@pytest.mark.parametrize("kind", ["", "-accumulating", "-ex-mcr"])
 def test_two_ranks_train_as_one_with_the_batch_of_both(runs, kind):
     (one,), (first, second) = runs[f"one{kind}"], runs[f"two{kind}"]
     assert len(one["gradients"]) == 3
-    assert one["gradients"][0]["projectors.clip.layers.0.weight"].abs().max() > 1e-3
+    assert one["gradients"][0]["projectors.clap.layers.0.weight"].abs().max() > 1e-3
     for run in (first, second):
         for found, expected in zip(run["gradients"], one["gradients"], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcr_hf.training.recipe import DataSpec, load_recipe, recipe_names
+from cmcr_hf.training.recipe import Bridge, DataSpec, load_recipe, recipe_names
 
 MINIMAL = """
 name: small
@@ -122,20 +122,22 @@ def test_a_missing_key_is_named(tmp_path):
 
 def test_clip_and_ulip_are_connected_through_images():
     recipe = load_recipe("clip-ulip")
-    assert (recipe.other, recipe.overlap) == ("ulip", "image")
-    assert recipe.leaves == {"clip": "text", "ulip": "point_cloud"}
+    assert recipe.bridges == [Bridge("ulip", "image", ("image",))]
+    assert recipe.bridges[0].leaves == {"clip": "text", "ulip": "point_cloud"}
     assert recipe.connector["projectors"]["ulip"] == {"layout": "linear-bn-relu"}
 
 
 def test_a_bridge_names_another_overlap(tmp_path):
     text = MINIMAL.replace("clap: some/clap", "ulip: some/ulip").replace("audio:", "point_cloud:")
     recipe = load_recipe(write(tmp_path, text + "connector: {bridges: [[clip, ulip, text]]}\n"))
-    assert recipe.leaves == {"clip": "image", "ulip": "point_cloud"}
+    assert recipe.bridges[0].leaves == {"clip": "image", "ulip": "point_cloud"}
 
 
 def test_a_missing_source_is_named(tmp_path):
     text = MINIMAL.replace("sources: {clip: some/clip, clap: some/clap}", "sources: {clip: some/clip}")
-    assert "expected the sources clip and clap, or clip and ulip, got clip" in refusal(write(tmp_path, text))
+    assert "expected the sources clip and clap, clip and ulip, or all three, got clip" in refusal(
+        write(tmp_path, text)
+    )
 
 
 def test_an_empty_list_of_data_is_refused(tmp_path):

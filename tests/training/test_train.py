@@ -176,6 +176,59 @@ def test_fewer_rows_than_a_batch_are_an_error(tmp_path):
         train_connector(small_config(), aligned_embeds(8), arguments(tmp_path))
 
 
+def numbered(first, rows):
+    """Embeddings whose first coordinate is the row's number among all pools."""
+    return {name: torch.arange(first, first + rows)[:, None].float().expand(-1, dim) for name, dim in NAMES.items()}
+
+
+def test_the_rows_of_a_batch_come_in_the_order_of_its_indices_from_whatever_pool():
+    data = ConnectionDataset([numbered(0, 5), numbered(5, 3), numbered(8, 4)])
+    assert len(data) == 12
+    assert data.nbytes == 12 * 4 * sum(NAMES.values())
+    for indices in ([7, 0, 11, 4, 8, 5], [6, 5], [0]):
+        for rows in data.__getitems__(indices)["embeds"].values():
+            assert rows[:, 0].tolist() == indices
+    selected = data.select(torch.tensor([11, 2, 5, 9, 0]))
+    assert selected.__getitems__(range(5))["embeds"]["clip_text"][:, 0].tolist() == [2, 0, 5, 11, 9]
+
+
+def test_pools_of_other_embeddings_are_refused():
+    pools = [numbered(0, 5), {name: rows for name, rows in numbered(5, 3).items() if name != "clip_text"}]
+    with pytest.raises(ValueError, match=r"Expected pools of the same embeddings, got \['clap_text'"):
+        ConnectionDataset(pools)
+
+
+def test_pools_are_trained_on_as_their_rows_in_one(tmp_path):
+    embeds = aligned_embeds(80)
+    pools = [{name: rows[part] for name, rows in embeds.items()} for part in (slice(0, 30), slice(30, 80))]
+    runs = [
+        train_connector(
+            small_config(), data, arguments(tmp_path, save_strategy="no"), log_lines=False, validation_rows=16
+        )
+        for data in (embeds, [embeds], pools)
+    ]
+    assert equal_weights(runs[0][0], runs[1][0])
+    # Held-out rows are taken pool by pool, so the rows of a batch are others.
+    assert not equal_weights(runs[0][0], runs[2][0])
+    assert runs[2][1][-1]["eval_loss"] == pytest.approx(runs[0][1][-1]["eval_loss"], rel=0.2)
+
+
+def test_ex_mcr_trains_the_projector_of_the_leaf_space_alone(tmp_path):
+    spaces = {"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}
+    config = CMCRConfig(projectors=spaces, objective="ex-mcr", noise_norm=0.3)
+    args = arguments(tmp_path, save_strategy="no", num_train_epochs=15)
+    connector, history = train_connector(config, aligned_embeds(400), args, validation_rows=40, log_lines=False)
+    entries = [entry for entry in history if "loss" in entry]
+    names = ("loss_overlap", "loss_leaf", "loss_leaf_overlap", "loss_overlap_leaf")
+    for entry in entries:
+        expected = sum(entry[name] for name in names) / 4 + 0.1 * entry["loss_intra"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+    assert entries[-1]["loss"] < 0.8 * entries[0]["loss"]
+    assert {name.split(".")[1] for name in connector.state_dict() if "." in name} == {"clap"}
+    # One of 40 by chance.
+    assert history[-1]["eval_clip_image_to_clap_audio_R@1"] > 0.1
+
+
 @pytest.mark.parametrize("validation_rows", [8, 9, -1])
 def test_holding_out_every_row_is_an_error(tmp_path, validation_rows):
     with pytest.raises(ValueError, match=f"validation_rows is {validation_rows}, .* fewer than the 8 rows"):
@@ -243,7 +296,7 @@ def test_evaluation_leaves_no_row_out_when_it_takes_several_batches(tmp_path):
     assert math.isclose(share, round(share), abs_tol=1e-6)
 
 
-def save_stores(folder, embeds, sources=None):
+def save_stores(folder, embeds, sources=None, keys=""):
     paths = []
     for name, rows in embeds.items():
         space, modality = name.split("_")
@@ -255,7 +308,7 @@ def save_stores(folder, embeds, sources=None):
             dim=rows.shape[1],
             data_fingerprint="0",
         )
-        store.append(rows, [str(index) for index in range(len(rows))])
+        store.append(rows, [f"{keys}{index}" for index in range(len(rows))])
         store.finish()
         paths.append(str(folder / name))
     return paths
@@ -291,9 +344,10 @@ def test_the_script_trains_from_stores_and_saves_a_connector(tmp_path, capsys):
     assert "eval_loss" in json.loads(output[output.rindex("{\n") :])
 
 
-def run_main(folder, stores, *flags):
+def run_main(folder, stores, *flags, projection_dim=8):
     """Run the script on small batches; return the connector it saved."""
-    quick = ["--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--projection_dim", "8"]
+    quick = ["--per_device_train_batch_size", "16", "--num_train_epochs", "1"]
+    quick += ["--projection_dim", str(projection_dim)] if projection_dim else []
     quick += ["--disable_tqdm", "True", "--use_cpu", "--save_strategy", "no", "--output_dir", str(folder)]
     main(["--stores", *stores, *quick, *flags])
     return CMCRConnector.from_pretrained(folder)
@@ -327,6 +381,20 @@ def test_a_missing_or_repeated_store_is_an_error_before_any_training(tmp_path, c
     with pytest.raises(ValueError, match=f"{expected} {given}\\. Correct --stores"):
         run_main(tmp_path / "out", [stores[index] for index in chosen])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_script_extends_clip_on_stores_of_several_pools(tmp_path, capsys):
+    stores = save_stores(tmp_path / "text", aligned_embeds(64))
+    for store in save_stores(tmp_path / "audio", aligned_embeds(32), keys="sound"):
+        stores.insert(1, store)
+    connector = run_main(tmp_path / "out", stores, "--objective", "ex-mcr", projection_dim=None)
+    assert connector.config.projectors["clip"] == {"layout": "identity", "input_dim": 6}
+    assert connector.config.projectors["clap"] == {"layout": "ex-mcr", "input_dim": 4, "hidden_dim": 12}
+    assert connector.config.overlap_temperature == 0.05
+    # 96 rows are six batches of 16.
+    assert "'loss_leaf_overlap'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"Expected one store each of clip_text, .*, got clip_text, clap_text"):
+        run_main(tmp_path / "out", stores[:-1], "--objective", "ex-mcr", projection_dim=None)
 
 
 def test_stores_of_one_space_alone_are_an_error(tmp_path):
@@ -506,7 +574,7 @@ def test_embeddings_go_to_a_gpu_that_has_twice_their_memory_free(monkeypatch):
         args = SimpleNamespace(
             device=torch.device(device), dataloader_num_workers=workers, dataloader_pin_memory=pinned
         )
-        return fit_on_device({"a": torch.zeros(100), "b": torch.zeros(100).half()}, args)
+        return fit_on_device(ConnectionDataset({"a": torch.zeros(100), "b": torch.zeros(100).half()}).nbytes, args)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1202, 10**6))
     assert fit()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import cmcr_hf  # noqa: F401
+import cmcr_hf
 from cmcr_hf.modeling import losses_cmcr
 from cmcr_hf.training import train
 
@@ -27,10 +27,12 @@ RUNS = {
     "two": (2, 8, 1),
     "one-accumulating": (1, 16, 2),
     "two-accumulating": (2, 8, 2),
+    "one-ex-mcr": (1, 16, 1, "ex-mcr"),
+    "two-ex-mcr": (2, 8, 1, "ex-mcr"),
 }
 
 
-def train_connector(folder, batch_size, accumulation):
+def train_connector(folder, batch_size, accumulation, objective="c-mcr"):
     """Train for three steps; return the gradients of each, the weights behind the last and Trainer's log."""
     gradients = []
 
@@ -53,14 +55,20 @@ def train_connector(folder, batch_size, accumulation):
         save_strategy="no",
     )
     # The rows are no multiple of the batch.
+    embeds = test_train.aligned_embeds(70)
+    config, data = test_train.small_config(noise_norm=0.3), embeds
+    if objective == "ex-mcr":
+        projectors = {"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}
+        config = cmcr_hf.CMCRConfig(projectors=projectors, objective=objective, noise_norm=0.3)
+        data = [{name: rows[part] for name, rows in embeds.items()} for part in (slice(0, 30), slice(30, 70))]
     connector, history = train.train_connector(
-        test_train.small_config(noise_norm=0.3),
-        test_train.aligned_embeds(70),
+        config,
+        data,
         args,
         validation_rows=16,
         log_lines=False,
     )
-    kinds = [type(layer).__name__ for layer in connector.projectors["clip"].layers]
+    kinds = [type(layer).__name__ for layer in connector.projectors["clap"].layers]
     assert args.world_size == int(os.environ["WORLD_SIZE"])
     return {"gradients": gradients, "weights": connector.state_dict(), "history": history, "layers": kinds}
 
@@ -113,5 +121,5 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     for ranks in (1, 2):
         in_ranks(root / f"loss-{ranks}", ranks, loss_of_ranks)
-    for name, (ranks, batch_size, accumulation) in RUNS.items():
-        in_ranks(root / name, ranks, train_connector, root / name, batch_size, accumulation)
+    for name, (ranks, *given) in RUNS.items():
+        in_ranks(root / name, ranks, train_connector, root / name, *given)

@@ -1,0 +1,247 @@
+"""Which part of the method earns what? Every part is taken out, every setting turned, one at a time.
+
+On real data, with two small sources that are trained on it (see benchmarks.real_retrieval, whose cache this shares):
+
+    python -m benchmarks.ablations --data ../shared/data --output runs/ablations
+
+or on stores of `cmcr embed`, of any two spaces, such as the real CLIP and CLAP: the overlap items in both spaces, both
+memories, and test items whose class is the folder that they lie in, or stands in a table:
+
+    python -m benchmarks.ablations --stores stores/clip-text stores/clap-text stores/clip-image stores/clap-audio \\
+        --test test/clip-image test/clap-audio --labels labels.csv --output runs/ablations
+
+Each connector trains from several seeds, which all variants share: what a part earns is the mean of the differences to
+the full method of the same seed. It is called an effect where the 95 % interval of that mean (Student's t) leaves zero
+out. The test items are the same throughout, so the intervals say nothing of other items. Connectors are kept below
+--cache, and a run that was stopped goes on behind the last of them.
+
+Written to --output: `ablations.json`, the plot `ablations.svg` and the page `ablations.html`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from benchmarks.ablation.page import write_ablations
+from benchmarks.ablation.results import Table, format_results
+from benchmarks.ablation.runs import Run, Schedule, Study, Texts, measure
+from benchmarks.ablation.variants import NULL, Variant, variants
+from benchmarks.real.data import check_data, read_texts
+from benchmarks.real_retrieval import SCHEDULES, SOURCES, TITLES, prepare
+from benchmarks.timing import machine
+from cmcr_hf.evaluation.baselines import cca_maps, posterior_matching
+from cmcr_hf.evaluation.connection import Metrics, RetrievalSet, Side, baseline_metrics, check_classes
+from cmcr_hf.modeling.configuration_cmcr import LEAF_MODALITIES
+from cmcr_hf.output import write_json
+from cmcr_hf.training.store import EmbeddingStore, check_same_keys
+from cmcr_hf.training.train import run_script
+
+# Rows above which only the most telling variants are measured, unless --all asks for all.
+LARGE = 2000
+NULL_DRAWS = 20
+
+
+def study_of_data(data: Path, cache: Path) -> tuple[Study, dict[str, float]]:
+    """Train the small sources, or find them in the cache, and return what is studied and their zero-shot accuracy."""
+    check_data(data)
+    found = prepare(data, cache, SOURCES)
+    read = read_texts(data)
+    kinds = {
+        text: kind for kind, texts in _kinds(read.sound_captions, read.image_captions, read.labels) for text in texts
+    }
+    sets = {}
+    for name, title in TITLES.items():
+        part, schedule = getattr(found, name), SCHEDULES[name]
+        steps = schedule.epochs * (len(part.about) // schedule.batch_size)
+        kind = [kinds[text] for text in part.about] if name == "captions" else [""] * len(part.about)
+        sets[title] = Texts(part.clip, part.clap, part.about, kind, Schedule(schedule.batch_size, steps))
+    memories = (found.image_memory, found.audio_memory)
+    return Study(("clip", "clap"), "text", sets, memories, found.items), found.zero_shot
+
+
+def _kinds(sounds: list[str], images: list[str], labels: list[str]) -> list[tuple[str, list[str]]]:
+    # In the order in which a text of several kinds is of the first.
+    return [("labels", labels), ("image captions", images), ("sound captions", sounds)]
+
+
+def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | None, schedule: Schedule) -> Study:
+    """Open stores and check that they are of two spaces, their shared modality and their leaves.
+
+    Raises:
+        ValueError: a store is missing or does not belong to the others, or a test item has no class.
+    """
+    opened = {(store.space, store.modality): store for store in map(EmbeddingStore.open, stores)}
+    spaces = sorted({space for space, _ in opened}, key=("clip", "clap", "ulip").index)
+    shared = [modality for _, modality in opened if all((space, modality) in opened for space in spaces)]
+    if len(opened) != 4 or len(spaces) != 2 or not shared or (spaces[0], shared[0]) not in LEAF_MODALITIES:
+        given = ", ".join(f"{space} {modality}" for space, modality in opened)
+        raise ValueError(
+            f"Expected the stores of one modality in two spaces and of the other modality of each, got {given}. Name, "
+            "for example, clip-text, clap-text, clip-image and clap-audio under --stores."
+        )
+    overlap = shared[0]
+    leaves = [LEAF_MODALITIES[space, overlap] for space in spaces]
+    wanted = list(zip(spaces, leaves, strict=True))
+    tested = {(store.space, store.modality): store for store in map(EmbeddingStore.open, test)}
+    for place, found in (("--stores", opened), ("--test", tested)):
+        for space, leaf in wanted:
+            if (space, leaf) not in found:
+                raise ValueError(f"There is no store of {space} {leaf} under {place}. Embed those items and name it.")
+    native = [opened[space, overlap] for space in spaces]
+    keys = native[0].keys()
+    check_same_keys(*((str(store.folder), store.keys()) for store in native))
+    classes = _read_labels(labels) if labels is not None else None
+    sides = []
+    for space, leaf in wanted:
+        store = tested[space, leaf]
+        keys_of = store.keys()
+        names = [_class_of(key, classes) for key in keys_of]
+        sides.append(Side(space, leaf, store.tensor().float(), names))
+    check_classes(sides[1].labels, sides[0].labels, (leaves[1], leaves[0]))
+    first, second = (store.tensor().float() for store in native)
+    texts = Texts(first, second, list(map(str, keys)), [""] * len(keys), schedule)
+    items = RetrievalSet(sides[1], sides[0], second, first)
+    image, other = (opened[part].tensor().float() for part in wanted)
+    return Study((spaces[0], spaces[1]), overlap, {f"{len(keys)} {overlap}s": texts}, (image, other), items)
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"key", "label"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}, expected key and label. Add a header line.")
+        return {row["key"]: row["label"] for row in reader}
+
+
+def _class_of(key: str, classes: dict[str, str] | None) -> str:
+    if classes is None:
+        return Path(key).parent.name
+    if key not in classes:
+        raise ValueError(f"The test item {key!r} has no line in --labels. Add it, or leave --labels out.")
+    return classes[key]
+
+
+def planned(study: Study, seeds: int, null_draws: int, everything: bool) -> list[Run]:
+    """Return the runs, the first seed of every variant before the second of any: a run that is stopped has a table."""
+    runs = []
+    for seed in range(max(seeds, null_draws)):
+        for title, texts in study.texts.items():
+            kinds = tuple(dict.fromkeys(kind for kind in texts.kinds if kind))
+            for variant in variants(kinds, study.overlap, study.leaves):
+                large = len(texts.about) > LARGE and not everything
+                if seed >= (null_draws if variant.name == NULL else seeds) or (large and not variant.dear):
+                    continue
+                if _fits(texts, variant):
+                    runs.append(Run(title, variant, seed))
+    return runs
+
+
+def _fits(texts: Texts, variant: Variant) -> bool:
+    rows = sum(kind == variant.texts for kind in texts.kinds) if variant.texts else len(texts.kinds)
+    return rows * variant.share >= texts.schedule.batch_size * variant.batch
+
+
+def training_free(study: Study, title: str) -> dict[str, Metrics]:
+    """Return the metrics of every way to connect the spaces by the same texts without a connector."""
+    texts = study.texts[title]
+    items = replace(study.items, query_bank=texts.second, gallery_bank=texts.first)
+    table = baseline_metrics([items])
+    of_query, of_gallery = cca_maps(texts.second, texts.first)
+    scores = normalize(items.query.embeds @ of_query, dim=1) @ normalize(items.gallery.embeds @ of_gallery, dim=1).T
+    table["cca"] = items.metrics(scores, scores.T)
+    if items.query_names is not None and items.gallery_names is not None:
+        scores = posterior_matching(items.query.embeds, items.query_names, items.gallery_names, items.gallery.embeds)
+        table["closed PM"] = items.metrics(scores, scores.T)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--data", type=Path, help="folder with concepts.json, images, audio and text")
+    given.add_argument("--stores", nargs=4, metavar="STORE", help="overlap items in both spaces, and both memories")
+    parser.add_argument("--test", nargs=2, metavar="STORE", help="with --stores: test items of both memories' kinds")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="classes of the test items: columns key and label")
+    parser.add_argument("--batch-size", type=int, default=4096, help="with --stores (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="with --stores (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/real_retrieval"), help="sources and connectors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablations"), help="table, plot and page (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="connectors a variant (default: %(default)s)")
+    parser.add_argument("--null", type=int, default=NULL_DRAWS, help="deranged connectors (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="connectors at once, a core each (default: %(default)s)"
+    )
+    parser.add_argument("--all", action="store_true", help=f"all variants, also on more than {LARGE} texts")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="train in autocast: faster where the CPU multiplies bfloat16; figures move by less than 0.001",
+    )
+    arguments = parser.parse_args(argv)
+    if (arguments.stores is None) != (arguments.test is None):
+        parser.error("--stores and --test go together")
+    if arguments.seeds < 2 or arguments.null < 0 or arguments.workers < 1:
+        parser.error("expected at least 2 seeds, which the spread takes, no negative --null and at least 1 worker")
+    logging.set_verbosity_error()
+    start = time.perf_counter()
+    zero_shot: dict[str, float] = {}
+    if arguments.data is not None:
+        study, zero_shot = study_of_data(arguments.data, arguments.cache)
+    else:
+        schedule = Schedule(arguments.batch_size, arguments.steps)
+        study = study_of_stores(arguments.stores, arguments.test, arguments.labels, schedule)
+    free = {title: training_free(study, title) for title in study.texts}
+    runs = planned(study, arguments.seeds, arguments.null, arguments.all)
+    found: dict[tuple[str, Variant], list[Metrics]] = defaultdict(list)
+    measured = measure(study, runs, arguments.cache / "ablations", workers=arguments.workers, bf16=arguments.bf16)
+    for run, metrics in tqdm(measured, desc="connectors", total=len(runs), unit="run"):
+        found[run.texts, run.variant].append(metrics)
+    tables = [
+        Table(
+            title,
+            free[title],
+            {variant: metrics for (texts, variant), metrics in found.items() if texts == title},
+            asdict(study.texts[title].schedule),
+            len(study.texts[title].about),
+        )
+        for title in study.texts
+    ]
+    items = study.items
+    caption = (
+        f"{len(items.query.labels)} {items.query.modality} and {len(items.gallery.labels)} {items.gallery.modality} "
+        f"items of {len(set(items.query.labels))} classes, {arguments.seeds} seeds. {machine()}"
+    )
+    print(f"\n{caption}\n")
+    for table in tables:
+        print(format_results(table), end="\n\n")
+    document = {
+        "caption": caption,
+        "real_data": arguments.data is not None,
+        "zero_shot": zero_shot,
+        "seeds": arguments.seeds,
+        "null_draws": arguments.null,
+        "bf16": arguments.bf16,
+        "seconds": time.perf_counter() - start,
+        "tables": [table.document() for table in tables],
+    }
+    write_json(arguments.output / "ablations.json", document)
+    for path in write_ablations(arguments.output, tables, caption, zero_shot):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_script(main)
