@@ -33,7 +33,7 @@ _ALL_THRESHOLDS = (
 )
 NOTES = {
     "music": "The boxes are read as x, y, width and height; AVGN, whose code reads them as corners, published them. "
-    "Which 489 pairs the C-MCR paper takes is not published. So numbers of others are not comparable.",
+    "A list of the 489 pairs that the C-MCR paper takes was not to be found. So its numbers are not comparable.",
     "extended-vgg-ss": _ALL_THRESHOLDS,
     "extended-flickr-soundnet": _ALL_THRESHOLDS,
 }
