@@ -208,10 +208,15 @@ def test_the_threshold_of_a_dense_map_changes_what_is_located(tmp_path: Path, ti
     assert not found["middle"]["notes"]
 
 
-def test_a_limit_takes_as_many_silent_pairs(tmp_path: Path, tiny_model: Path, few_boxes: None) -> None:
+def test_a_limit_takes_as_many_silent_pairs_and_no_resamples_give_no_intervals(
+    tmp_path: Path, tiny_model: Path, few_boxes: None
+) -> None:
     data = write_extended_flickr_soundnet(tmp_path / "data")
-    found = evaluate("recognition", tiny_model, data, "extended-flickr-soundnet", tmp_path / "out", "--limit", "4")
+    more = ("--limit", "4", "--bootstrap", "0")
+    found = evaluate("recognition", tiny_model, data, "extended-flickr-soundnet", tmp_path / "out", *more)
     assert found["data"]["items"] == {"pairs": 4, "videos": 2, "non-sounding": 2}
+    assert not any(found["intervals"]["model"].values())
+    # Those of all pairs have nothing to stand beside.
     assert not found["published"]
 
 
