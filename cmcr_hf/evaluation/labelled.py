@@ -14,8 +14,8 @@ import torch
 from ..training.data import Items, load_table
 from ..training.recipe import DataSpec
 
-# Words for each class, by its name in the data set.
-Words = Mapping[str, Sequence[str]]
+# Words for each class, by its name in the data set or in the order of these names.
+Words = Mapping[str, Sequence[str]] | list[list[str]]
 
 ESC50 = (
     "meta/esc50.csv and audio/*.wav, as in the archive of https://github.com/karolpiczak/ESC-50 (CC BY-NC 3.0; 2,000 "
@@ -195,6 +195,10 @@ def label_items(
     classes = sorted(set(found))
     if words is None:
         words = {label: [label.replace("_", " ")] for label in classes}
+    elif isinstance(words, list):
+        if len(words) != len(classes):
+            raise ValueError(f"There are {len(words)} names for {len(classes)} classes. {remedy}")
+        words = dict(zip(classes, words, strict=True))
     unknown = [label for label in classes if label not in words]
     if unknown:
         raise ValueError(f"There are no words for the class {unknown[0]!r}, one of {len(unknown)} such. {remedy}")
@@ -209,13 +213,14 @@ def label_items(
     )
 
 
-def read_words(path: Path) -> dict[str, list[str]]:
+def read_words(path: Path) -> Words:
     """Read what classes are called.
 
     Args:
         path: lines `CLASS NAME, SYNONYM, ...` such as those of LOC_synset_mapping.txt, of which the first name counts;
-            or JSON: an object that gives a class its name or a list of names, which are all used; or the
-            imagenet_class_index.json of Keras, `{"0": ["n01440764", NAME], ...}`.
+            or JSON: an object that gives a class its name or a list of names, which are all used; a list of the names
+            of all classes, such as those that CLIP is evaluated with; or the imagenet_class_index.json of Keras,
+            `{"0": ["n01440764", NAME], ...}`.
 
     Raises:
         ValueError: the file is none of these.
@@ -224,17 +229,22 @@ def read_words(path: Path) -> dict[str, list[str]]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             document = json.loads(text)
+            in_order = isinstance(document, list)
+            if in_order:
+                document = dict(enumerate(document))
             if all(isinstance(value, list) and re.fullmatch(r"n\d{8}", value[0]) for value in document.values()):
                 document = dict(document.values())
             found = {key: [value] if isinstance(value, str) else value for key, value in document.items()}
         else:
+            in_order = False
             pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
             found = {name: [names.split(",")[0]] for name, names in pairs}
         if not found or not all(names and all(word.strip() for word in names) for names in found.values()):
             raise ValueError("a class without a name")
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected lines `CLASS NAME` or a JSON object {{CLASS: NAME or [NAME, ...]}} in {path}: {error}. Correct "
-            "the file."
+            f"Expected lines `CLASS NAME`, a JSON object {{CLASS: NAME or [NAME, ...]}} or a JSON list of names in "
+            f"{path}: {error}. Correct the file."
         ) from error
-    return {name: [word.replace("_", " ").strip() for word in names] for name, names in found.items()}
+    words = {name: [word.replace("_", " ").strip() for word in names] for name, names in found.items()}
+    return list(words.values()) if in_order else words

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..training.data import Item, Items, RemoteFile
+from ..training.data import Item, Items, RemoteFile, load_table
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .classification import average_precision_of_draws, class_accuracy, class_embeds, top_1_hits, top_k_hits
 from .connection import CLASSIFICATION
@@ -66,11 +66,9 @@ CASES, CONFUSED, FOUND = 8, 20, 5
 
 
 def read_templates(path: Path) -> list[str]:
-    """Read templates, one a line, each with one `{}` for the name of a class."""
-    try:
-        templates = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the templates {path}: {error}. Name a file of one template a line.") from error
+    """Read templates, each with one `{}` for the name of a class: lines, or a JSON list."""
+    column = next(iter(load_table(path).values()))
+    templates = [text.strip() for text in map(str, column) if text.strip()]
     if not templates:
         raise ValueError(f"There are no templates in {path}. Write one a line, such as: a photo of a {{}}.")
     return templates
@@ -206,6 +204,7 @@ def cases(scores: torch.Tensor, data: LabelledSet) -> tuple[list[Case], list[Cas
                 Shown("text", words[index], data.classes[index], score=cosine, right=index in data.labels[row])
                 for cosine, index in zip(cosines.tolist(), found.tolist(), strict=True)
             ],
+            note=f"its class is {'ahead of' if margins[row] > 0 else 'behind'} the best other one by that cosine",
         )
 
     return [case(row) for row in right], [case(row) for row in wrong]

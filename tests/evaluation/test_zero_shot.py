@@ -51,6 +51,7 @@ def test_items_of_one_class_are_measured_as_scikit_learn_does() -> None:
     assert found["class mean"] == pytest.approx(metrics.balanced_accuracy_score(labels, scores.argmax(1)), abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_ties_are_the_mean_of_scikit_learn_over_every_order_of_the_classes() -> None:
     scores = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [2, 1, 1, 1], [0, 3, 3, 1], [1, 0, 0, 1]], float)
     labels = np.array([2, 0, 3, 0, 3])
@@ -146,6 +147,7 @@ def test_cases_are_the_clearest_of_each_class() -> None:
     assert [(case.query.name, case.query.label) for case in worst] == [("000003", "class 1"), ("000004", "class 0")]
     assert best[0].score == pytest.approx(0.8)
     assert worst[0].score == pytest.approx(-0.6)
+    assert worst[0].note == "its class is behind the best other one by that cosine"
     assert [(shown.value, shown.right) for shown in worst[0].found] == [("class 0", False), ("class 1", True)]
 
 
@@ -174,9 +176,10 @@ def test_every_default_template_has_one_place_for_the_name() -> None:
     }
 
 
-def test_templates_are_read_line_by_line(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("a {}.\n\n  the {}\n")
-    assert read_templates(tmp_path / "t.txt") == ["a {}.", "the {}"]
+@pytest.mark.parametrize(("name", "text"), [("t.txt", "a {}.\n\n  the {}\n"), ("t.json", '["a {}.", "the {}"]')])
+def test_templates_are_read_from_lines_or_a_list(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_templates(tmp_path / name) == ["a {}.", "the {}"]
 
 
 @pytest.mark.parametrize("text", ["", "\n", None])
@@ -320,7 +323,11 @@ def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
     found = result(folder)
     assert set(found["metrics"]["model"]["zero-shot classification"]) == {"top-1", "top-3", "top-5", "class mean"}
     assert len(found["settings"]["templates"]) == 64
-    assert (folder.parent / "out" / "report.html").read_text().count("data:image/jpeg") >= 1
+    assert found["settings"]["names"][CLASSES.index("night_stand")] == "night stand"
+    page = (folder.parent / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == len(found["best"]) + len(found["worst"])
+    assert "The first and the last 10 of 40" in page
+    assert page.count("<td><svg") == 20 + min(len(found["breakdowns"][1]["rows"]), 20)
 
 
 def test_the_numbers_are_those_of_the_model_itself(tiny_model: Path, folder: Path) -> None:
