@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     )
     from .bootstrap import bootstrap_means, bootstrap_statistic
     from .embedding import EvaluatedModel
+    from .localization import Localizer, measure_localization
+    from .recognition import measure_recognition, recognition_metrics
     from .result import Case, EvaluationResult, Published, Shown
     from .retrieval import chance, label_retrieval, pair_retrieval
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("baselines", "bootstrap", "embedding", "result", "retrieval"):
+        for module in ("baselines", "bootstrap", "embedding", "result", "retrieval", "localization", "recognition"):
             part = importlib.import_module(f".{module}", __name__)
             if hasattr(part, name):
                 return getattr(part, name)
@@ -36,6 +38,7 @@ __all__ = [
     "Case",
     "EvaluatedModel",
     "EvaluationResult",
+    "Localizer",
     "Published",
     "Shown",
     "baseline_scores",
@@ -46,10 +49,13 @@ __all__ = [
     "closed_cascade",
     "derange_by_name",
     "label_retrieval",
+    "measure_localization",
+    "measure_recognition",
     "one_way_bridge",
     "pair_retrieval",
     "posterior_matching",
     "procrustes_map",
+    "recognition_metrics",
     "ridge_map",
     "two_way_bridge",
     "unconnected",

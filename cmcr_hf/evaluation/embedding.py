@@ -22,6 +22,8 @@ from ..training.embed import embed
 from ..training.store import EmbeddingStore
 from .result import shown
 
+# Of a shard whose rows are wide: a quarter of a gigabyte in float32.
+_SHARD_NUMBERS = 2**26
 REMEDY = "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
 
 
@@ -127,6 +129,7 @@ class EvaluatedModel:
             batch_size=self.batch_size,
             strict=strict,
             progress=self.progress,
+            shard_rows=None if encoder is None else max(1, _SHARD_NUMBERS // encoder.dim),
         )
 
     @torch.inference_mode()
