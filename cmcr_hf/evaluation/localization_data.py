@@ -286,7 +286,7 @@ def _read_json(path: Path, remedy: str) -> list[Any]:
 
 def _read_table(path: Path, remedy: str) -> list[list[str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{remedy}. Cannot read {path}: {error}.") from error
