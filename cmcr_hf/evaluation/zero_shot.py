@@ -49,7 +49,7 @@ TEMPLATE_NOTES = {
     "audio": None,
     "point_cloud": "The templates are worded by this package. Published numbers are of ULIP's 64 (--prompts).",
 }
-_FREEBIND = "FreeBind, tables 3 and 4, on all 2,000 clips; it does not say which prompts"
+_FREEBIND = "FreeBind, tables 3 and 4, on all 2,000 clips; with which prompts is not known here"
 _UNCHECKED = "C-MCR (arXiv 2305.14381) and Ex-MCR (2310.08884), not checked against the papers"
 PUBLISHED = {
     "esc-50": [
