@@ -136,7 +136,7 @@ def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     return rotation.to(text_a.dtype)
 
 
-def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the maps W_a (d_a, k) and W_b (d_b, k) of canonical correlation analysis, k the smaller width.
 
     Both spaces are whitened and turned so that the texts correlate axis by axis. An axis is scaled by its correlation
@@ -145,7 +145,8 @@ def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01)
     it as normalize(a W_a) normalize(b W_b)^T.
 
     Args:
-        ridge: added to both second moments, in units of 1 / width, as in [`ridge_map`].
+        ridge: added to both second moments, in units of 1 / width, their mean eigenvalue. The default is that mean
+            itself: a small one blows up directions that texts barely have and other modalities do.
     """
     text_a, text_b = _aligned_texts(text_a, text_b)
     _check_positive("ridge", ridge)

@@ -33,14 +33,14 @@ def label_retrieval(
     Raises:
         ValueError: NaN scores, sizes that do not fit, or a query without any relevant gallery item.
     """
-    _check_scores(scores)
+    check_scores(scores)
     queries, gallery = _label_codes(query_labels, gallery_labels)
     if scores.shape != (len(queries), len(gallery)):
         raise ValueError(
             f"Got scores of shape {tuple(scores.shape)}, expected ({len(queries)}, {len(gallery)}) for the query and "
             "gallery labels; pass one label for every row and column."
         )
-    _check_cutoffs(ks, len(gallery))
+    check_cutoffs(ks, len(gallery))
     queries, gallery = queries.to(scores.device), gallery.to(scores.device)
     totals = {f"P@{k}": 0.0 for k in ks} | {"mAP": 0.0}
     rows = max(1, _BLOCK_ELEMENTS // len(gallery))
@@ -74,9 +74,16 @@ def pair_retrieval(
     Raises:
         ValueError: NaN scores, a matrix that is not square without `gold`, or a true column outside the matrix.
     """
-    _check_scores(scores)
+    better, ties = gold_places(scores, gold)
+    check_cutoffs(ks, scores.shape[1])
+    metrics = {f"R@{k}": ((k - better) / (ties + 1)).clamp(0, 1).mean().item() for k in ks}
+    return metrics | {"median_rank": (1 + better + ties / 2).quantile(0.5).item()}
+
+
+def gold_places(scores: torch.Tensor, gold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many columns of every row are better than its true one, and how many others tie with it, float64."""
+    check_scores(scores)
     n, m = scores.shape
-    _check_cutoffs(ks, m)
     if gold is None:
         if n != m:
             raise ValueError(f"Got scores of shape ({n}, {m}) without gold, expected a square matrix; pass gold=.")
@@ -92,9 +99,7 @@ def pair_retrieval(
         )
     true_scores = scores.gather(1, gold.to(scores.device, torch.long)[:, None])
     better = (scores > true_scores).sum(1).double()
-    ties = (scores == true_scores).sum(1).double() - 1
-    metrics = {f"R@{k}": ((k - better) / (ties + 1)).clamp(0, 1).mean().item() for k in ks}
-    return metrics | {"median_rank": (1 + better + ties / 2).quantile(0.5).item()}
+    return better, (scores == true_scores).sum(1).double() - 1
 
 
 def chance(query_labels: Labels, gallery_labels: Labels, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
@@ -104,13 +109,17 @@ def chance(query_labels: Labels, gallery_labels: Labels, ks: Sequence[int] = (1,
     E[AP] = 1/N * sum_{k=1..N} ((R - 1)(k - 1) / (N - 1) + 1) / k.
     """
     queries, gallery = _label_codes(query_labels, gallery_labels)
-    _check_cutoffs(ks, len(gallery))
-    n = len(gallery)
+    check_cutoffs(ks, len(gallery))
     relevant = torch.bincount(gallery)[queries].double()
+    precision = expected_average_precision(relevant, len(gallery)).mean().item()
+    return {f"P@{k}": (relevant / len(gallery)).mean().item() for k in ks} | {"mAP": precision}
+
+
+def expected_average_precision(relevant: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the mean average precision of a random ranking of n items, so many of which are relevant, at least 1."""
     harmonic = (1 / torch.arange(1, n + 1, dtype=torch.float64)).sum()
     # sum_k (k - 1) / k = N - H_N
-    average_precision = ((relevant - 1) * (n - harmonic) / max(n - 1, 1) + harmonic) / n
-    return {f"P@{k}": (relevant / n).mean().item() for k in ks} | {"mAP": average_precision.mean().item()}
+    return ((relevant - 1) * (n - harmonic) / max(n - 1, 1) + harmonic) / n
 
 
 def _expected_ranking(scores: torch.Tensor, relevant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +171,7 @@ def _label_list(side: str, labels: Labels) -> list[str | int]:
     return list(labels)
 
 
-def _check_scores(scores: torch.Tensor) -> None:
+def check_scores(scores: torch.Tensor) -> None:
     if scores.dim() != 2 or scores.numel() == 0:
         raise ValueError(
             f"Got scores of shape {tuple(scores.shape)}, expected (n_queries, n_gallery); pass a filled matrix."
@@ -174,7 +183,7 @@ def _check_scores(scores: torch.Tensor) -> None:
         )
 
 
-def _check_cutoffs(ks: Sequence[int], gallery_size: int) -> None:
+def check_cutoffs(ks: Sequence[int], gallery_size: int) -> None:
     for k in ks:
         if not 1 <= k <= gallery_size:
             raise ValueError(f"Got cut-off k={k}, expected 1 to {gallery_size}, the gallery's size; pass other ks=.")
