@@ -10,10 +10,12 @@ if TYPE_CHECKING:
         cca_maps,
         closed_cascade,
         derange_by_name,
+        linear_map,
         one_way_bridge,
         posterior_matching,
         procrustes_map,
         ridge_map,
+        two_hop_scores,
         two_way_bridge,
         unconnected,
     )
@@ -49,6 +51,7 @@ __all__ = [
     "closed_cascade",
     "derange_by_name",
     "label_retrieval",
+    "linear_map",
     "measure_localization",
     "measure_recognition",
     "one_way_bridge",
@@ -57,6 +60,7 @@ __all__ = [
     "procrustes_map",
     "recognition_metrics",
     "ridge_map",
+    "two_hop_scores",
     "two_way_bridge",
     "unconnected",
 ]

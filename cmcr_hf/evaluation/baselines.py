@@ -249,6 +249,7 @@ def baseline_scores(
     names_image_space: torch.Tensor | None = None,
     *,
     temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Score audio against images, and images against audio, with every baseline.
 
@@ -258,6 +259,7 @@ def baseline_scores(
 
     Args:
         temperature: one temperature for both bridges and posterior matching; `None` uses each one's own default.
+        linear: the [`linear_map`] of these texts, where it has been trained already.
     """
     if (names_audio_space is None) != (names_image_space is None):
         raise ValueError("Got class names in one space only, expected both or neither; embed them in both spaces.")
@@ -274,7 +276,8 @@ def baseline_scores(
             normalize(audio @ fit(text_a, text_b), dim=-1) @ image.T,
             normalize(image @ fit(text_b, text_a), dim=-1) @ audio.T,
         )
-    mapped = normalize(linear_map(text_a, text_b)(audio.float()), dim=-1) @ image.float().T
+    layer = linear or linear_map(text_a, text_b)
+    mapped = normalize(layer(audio.float()), dim=-1) @ image.float().T
     scores["linear map"] = (mapped, mapped.T)
     there = one_way_bridge(audio, text_a, text_b, image, temperature=bridge_temperature)
     back = one_way_bridge(image, text_b, text_a, audio, temperature=bridge_temperature)
@@ -298,6 +301,8 @@ def two_hop_scores(
     b: torch.Tensor,
     names_a: torch.Tensor | None = None,
     names_between: torch.Tensor | None = None,
+    *,
+    linear: tuple[torch.nn.Linear, torch.nn.Linear] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Score two spaces that share nothing with each other, but each a modality with a space between them.
 
@@ -309,6 +314,7 @@ def two_hop_scores(
         first: `(items, dim)` of one bank, the same items row by row in the space of a and in that between.
         second: those of the other bank, in the space between and in that of b.
         names_a, names_between: a phrase a class in both of these spaces, for the closed cascade.
+        linear: the [`linear_map`] of a, and that of b, into the space between, where they have been trained already.
     """
     a, *checked = _checked(a, *first, first[1])
     first = (checked[0], checked[1])
@@ -323,8 +329,8 @@ def two_hop_scores(
             normalize(normalize(a @ fit(*first), dim=-1) @ fit(*second), dim=-1) @ b.T,
             normalize(normalize(b @ fit(*second[::-1]), dim=-1) @ fit(*first[::-1]), dim=-1) @ a.T,
         )
-    towards, away = linear_map(*first), linear_map(*second[::-1])
-    mapped = normalize(towards(a.float()), dim=-1) @ normalize(away(b.float()), dim=-1).T
+    of_a, of_b = linear or (linear_map(*first), linear_map(*second[::-1]))
+    mapped = normalize(of_a(a.float()), dim=-1) @ normalize(of_b(b.float()), dim=-1).T
     scores["linear map"] = (mapped, mapped.T)
     carried_a, carried_b = (
         _carried(rows, *bank, BRIDGE_TEMPERATURE) for rows, bank in ((a, first), (b, second[::-1]))
