@@ -470,9 +470,10 @@ def test_a_data_set_whose_where_keeps_nothing_is_refused_at_its_end(shards):
         list(stream(shards, "text", column="caption", where={"kind": ["cow"]}))
 
 
-def test_a_column_of_lists_is_no_column_of_texts(shards):
-    with pytest.raises(ValueError, match=r"Expected a text in stand-in/train/0-0/captions, got \['a', 'b'\]"):
-        list(stream(shards, "text", column="captions"))
+def test_a_list_of_texts_in_a_cell_is_an_item_each(shards):
+    items = list(stream(shards, "text", column="captions"))
+    assert [item.key for item in items][:2] == [f"stand-in/train/0-0/captions/{place}" for place in (0, 1)]
+    assert [item.value for item in items][:2] == ["a", "b"]
 
 
 def test_columns_that_only_the_rows_tell_are_checked_there(tmp_path):
