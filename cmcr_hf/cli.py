@@ -9,10 +9,10 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -24,12 +24,9 @@ from .cli_options import (
     tuned,
     usable_device,
 )
-from .training.recipe import DataSpec, SourceSpec, load_recipe, recipe_names
+from .evaluation.commands import add_evaluate
+from .training.recipe import SourceSpec, load_recipe, recipe_names
 from .training.store_commands import add_aggregate, add_embed
-
-if TYPE_CHECKING:
-    from .modeling.modeling_cmcr import CMCRModel
-    from .modeling.processing_cmcr import CMCRProcessor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,12 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     add_embed(commands)
     add_aggregate(commands)
     _add_connect(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     _add_search(commands)
     _add_push(commands)
     _add_convert(commands)
     _add_verify_official(commands)
     arguments = parser.parse_args(argv)
+    # Of the results that say how they were made.
+    arguments.words = sys.argv[1:] if argv is None else argv
     # What ends a job is told how to go on, as the user at the keyboard is.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -84,18 +83,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="connect two small spaces offline and report what came of it",
         description="Write a synthetic world and connect a small CLIP in it: with a small CLAP by sentences alone "
-        "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what "
-        "no training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges "
-        "and a null.",
+        "(world sounds), with a small ULIP by pictures alone (world shapes), or with both, each extended into a CLIP "
+        "that stays as it is (world all). Then measure retrieval between what no training paired, pictures and "
+        "sounds, texts and point clouds, or sounds and point clouds, against chance, training-free bridges and a "
+        "null.",
     )
     parser.add_argument(
-        "--world", choices=("sounds", "shapes"), default="sounds", help="what to connect (default: %(default)s)"
+        "--world", choices=("sounds", "shapes", "all"), default="sounds", help="what to connect (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder for everything (default: runs/demo, runs/shapes for that world)"
+        "--output", type=Path, help="folder for everything (default: runs/demo, runs/WORLD for another world)"
     )
     parser.add_argument(
-        "--seeds", type=positive, default=3, help="connectors averaged in the C-MCR row (default: %(default)s)"
+        "--seeds", type=positive, default=3, help="connectors averaged in the trained row (default: %(default)s)"
     )
     parser.add_argument(
         "--derangements",
@@ -121,11 +121,16 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(arguments: argparse.Namespace) -> None:
     if arguments.retrain is not None:
         from .demo.retrain import retrain
+        from .demo.retrain_all import retrain_all
         from .demo.retrain_shapes import retrain_shapes
 
         arguments.output = arguments.retrain
-        train = retrain_shapes if arguments.world == "shapes" else retrain
-        print(json.dumps(train(arguments.retrain, seed=arguments.seed), indent=2))
+        train: dict[str, Callable[..., dict[str, Any]]] = {
+            "sounds": retrain,
+            "shapes": retrain_shapes,
+            "all": retrain_all,
+        }
+        print(json.dumps(train[arguments.world](arguments.retrain, seed=arguments.seed), indent=2))
         return
     from .demo.run import RECIPES, run_demo
     from .output import check_output
@@ -139,7 +144,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "connect",
-        help="connect two spaces as a recipe says: embed, aggregate, train, save, evaluate",
+        help="connect spaces as a recipe says: embed, aggregate, train, save, evaluate",
         description="Walk a recipe from raw data to a model folder. Stages that are done and still valid are skipped, "
         "so the same command goes on after an interruption.",
         epilog=f"Recipes of the package: {', '.join(recipe_names())}. A recipe is a YAML file; copy one and edit it. "
@@ -167,10 +172,11 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _connect(arguments: argparse.Namespace) -> None:
     from .connect import connect
     from .evaluation.connection import format_table
+    from .evaluation.result import shown
     from .output import check_output
 
     recipe = load_recipe(arguments.recipe)
-    words = ["cmcr", "connect", _shown(arguments.recipe)]
+    words = ["cmcr", "connect", shown(arguments.recipe)]
     for source in arguments.source:
         space, _, model = source.partition("=")
         if space not in recipe.sources or not model:
@@ -179,13 +185,13 @@ def _connect(arguments: argparse.Namespace) -> None:
                 f"example, --source {next(iter(recipe.sources))}=FOLDER."
             )
         recipe.sources[space] = SourceSpec(model)
-        words += ["--source", f"{space}={_shown(model)}"]
+        words += ["--source", f"{space}={shown(model)}"]
     folder = arguments.output = arguments.output or Path("runs") / recipe.name
     # Before the world, which is written into the same folder.
     check_output(folder, recipe)
     data = arguments.data
     if data is not None:
-        words += ["--data", _shown(data)]
+        words += ["--data", shown(data)]
     if data is None and recipe.world is not None:
         from .demo.run import write_recipe_world
 
@@ -208,68 +214,6 @@ def _connect(arguments: argparse.Namespace) -> None:
         print(format_table(connection.table))
 
 
-def _shown(path: str | Path) -> str:
-    """Return a path as it was given, an absolute one without what it tells of a machine."""
-    return Path(path).name if Path(path).is_absolute() else str(path)
-
-
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a model on data of your own or on a benchmark",
-        description="Embed data with a model and measure a task. Each task has options of its own: cmcr evaluate TASK "
-        "--help.",
-        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
-    )
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    _add_retrieval(tasks)
-    _add_modelnet40(tasks)
-
-
-def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
-    add_embedding_options(parser)
-    parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
-
-
-def _add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = tasks.add_parser(
-        "retrieval",
-        help="retrieval between a folder of images and a folder of audio",
-        description="Embed two folders with a model and measure class-level retrieval in both directions. The class "
-        "of an item is the name of its folder, or its own name where pairs share it (dog.jpg and dog.wav).",
-        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
-    )
-    _add_evaluation_options(parser)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
-    parser.add_argument("--audio", type=Path, required=True, help="folder of audio files, subfolders included")
-    parser.add_argument(
-        "--label",
-        choices=("parent", "stem"),
-        default="parent",
-        help="class of a file: its folder's name or its own (default: %(default)s)",
-    )
-    parser.set_defaults(run=_evaluate_retrieval)
-
-
-def _add_modelnet40(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = tasks.add_parser(
-        "modelnet40",
-        help="zero-shot classification of the point clouds of ModelNet40",
-        description="Compare the test clouds of ModelNet40, centred and scaled to the unit sphere, with the mean "
-        "embedding of 64 prompts for each of its 40 classes: top-1, top-3 and top-5 accuracy.",
-        epilog="Example: cmcr evaluate modelnet40 --model runs/clip-ulip/model --data modelnet40_ply_hdf5_2048",
-    )
-    _add_evaluation_options(parser)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder of the .h5 release (modelnet40_ply_hdf5_2048) or of the meshes (ModelNet40, CLASS/test/*.off)",
-    )
-    parser.set_defaults(run=_evaluate_modelnet40)
-
-
 def _check_output_file(option: str, path: Path | None) -> None:
     from .output import check_writable
 
@@ -277,59 +221,6 @@ def _check_output_file(option: str, path: Path | None) -> None:
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected a file for {option}. Name a file in it.")
         check_writable(path.parent)
-
-
-def _evaluate_modelnet40(arguments: argparse.Namespace) -> None:
-    from .evaluation.modelnet40 import CLASSES, TEMPLATES, load_modelnet40, zero_shot_metrics
-    from .output import write_json
-
-    _check_output_file("--output", arguments.output)
-    device = usable_device(arguments.device)
-    clouds = load_modelnet40(arguments.data)
-    model, processor = _load_model(arguments.model)
-    if not {"text", "point_cloud"} <= set(model.config.embedded_modalities):
-        raise ValueError(
-            f"{arguments.model!r} embeds {', '.join(model.config.embedded_modalities)}, expected text and point_cloud."
-            " Pass a model that was connected with a ULIP."
-        )
-    model.to(device)  # type: ignore[arg-type]
-    metrics = zero_shot_metrics(model, processor, clouds, batch_size=arguments.batch_size)
-    print(f"{len(clouds)} clouds, {len(CLASSES)} classes, {len(TEMPLATES)} prompts a class (worded by this package)")
-    for name, value in metrics.items():
-        print(f"{name}  {value:.4f}")
-    if arguments.output is not None:
-        document = {"model": arguments.model, "task": "modelnet40", "clouds": len(clouds)}
-        write_json(arguments.output, {**document, "metrics": metrics})
-
-
-def _evaluate_retrieval(arguments: argparse.Namespace) -> None:
-    from .evaluation.connection import chance_metrics, format_table, retrieval_metrics
-    from .output import write_json
-    from .training.data import Items
-    from .training.embed import encode_items
-
-    _check_output_file("--output", arguments.output)
-    device = usable_device(arguments.device)
-    sides = {"image": arguments.images, "audio": arguments.audio}
-    items = {
-        modality: Items([DataSpec(folder=str(folder), label=arguments.label)], modality, Path())
-        for modality, folder in sides.items()
-    }
-    labels = {modality: [str(item.label) for item in part] for modality, part in items.items()}
-    # First, since it refuses classes that one side lacks.
-    table = {"chance": chance_metrics(labels["audio"], labels["image"])}
-    model, processor = _load_model(arguments.model)
-    model.to(device)  # type: ignore[arg-type]
-    embeds = {
-        modality: encode_items(model, processor, part, batch_size=arguments.batch_size)
-        for modality, part in items.items()
-    }
-    scores = embeds["audio"] @ embeds["image"].T
-    table["model"] = retrieval_metrics(scores, scores.T, labels["audio"], labels["image"])
-    print(f"{len(labels['audio'])} clips, {len(labels['image'])} images, {len(set(labels['audio']))} classes")
-    print(format_table(table))
-    if arguments.output is not None:
-        write_json(arguments.output, {"model": arguments.model, "metrics": table})
 
 
 def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -465,10 +356,11 @@ def _add_verify_official(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 def _verify_official(arguments: argparse.Namespace) -> None:
     from .conversion.official_demo import BOUND, format_comparisons, verify
+    from .evaluation.embedding import load_model
 
     wrong = []
     for name in arguments.model:
-        model, processor = _load_model(name)
+        model, processor = load_model(name)
         comparisons = verify(model, processor, arguments.inputs)
         print(f"{name}\n\n{format_comparisons(comparisons)}\n")
         # A comparison with NaN is false.
@@ -520,29 +412,6 @@ def _push(arguments: argparse.Namespace) -> None:
     else:
         commit = push_folder(arguments.folder, arguments.repo_id, **options)
     print(commit.commit_url)
-
-
-def _load_model(name: str) -> tuple[CMCRModel, CMCRProcessor]:
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    from .modeling.configuration_cmcr import CMCRConfig
-    from .modeling.modeling_cmcr import CMCRModel
-    from .modeling.processing_cmcr import CMCRProcessor
-
-    remedy = (
-        "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
-    )
-    try:
-        # transformers would take a file for a checkpoint or a configuration, by its name.
-        kind = "file" if Path(name).is_file() else CMCRConfig.get_config_dict(name)[0].get("model_type")
-        if kind == CMCRConfig.model_type:
-            model = CMCRModel.from_pretrained(name, dtype=torch.float32)
-            return model, CMCRProcessor.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"Cannot load the model {name!r}: {error} {remedy}") from error
-    raise ValueError(f"Expected a CMCRModel in {name!r}, got {f'a {kind}' if kind else 'none'}. {remedy}")
 
 
 if __name__ == "__main__":

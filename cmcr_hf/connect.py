@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,15 @@ from safetensors import SafetensorError
 from .conversion.hub import model_card
 from .durable import locked, named_write_errors, temporary_path, verify_checksums, write_checksums
 from .evaluation.classification import class_embeds
-from .evaluation.connection import Metrics, RetrievalSet, Side, baseline_metrics, check_classes, connector_metrics
+from .evaluation.connection import (
+    ROWS,
+    Metrics,
+    RetrievalSet,
+    Side,
+    baseline_metrics,
+    check_classes,
+    connector_metrics,
+)
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from .modeling.processing_cmcr import CMCRProcessor
@@ -41,9 +51,10 @@ from .training.data import Item, Items
 from .training.embed import embed, source_record
 from .training.manifest import SHA256
 from .training.places import HUB_ADDRESS, is_address
-from .training.recipe import DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
+from .training.pools import pool_stores
+from .training.recipe import Bridge, DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore, check_same_keys
-from .training.train import ConnectorTrainingArguments, last_checkpoint, train_connector
+from .training.train import ConnectorTrainingArguments, Embeds, last_checkpoint, train_connector
 
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
@@ -58,8 +69,8 @@ class Connection:
         sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
         media: behind the rows of the sets, by modality; the value of what is neither a file nor a text is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
-        stores: what was trained on: the overlap modality in each space, then a store of either leaf modality, of
-            pseudo embeddings or, under `bridge-distillation`, of the memory itself.
+        pools: of each bridge, by the space it connects CLIP with, the row-aligned stores of its training by the
+            modality that they are centred on.
     """
 
     recipe: Recipe
@@ -69,11 +80,11 @@ class Connection:
     media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
     data: list[dict[str, Any]]
-    stores: list[EmbeddingStore]
+    pools: dict[str, dict[str, list[EmbeddingStore]]]
 
-    def training_embeds(self) -> dict[str, torch.Tensor]:
-        """Return the embeddings of the training, `{"{space}_{modality}": (rows, dim)}`, as `train_connector` has them."""
-        return {f"{store.space}_{store.modality}": store.tensor() for store in self.stores}
+    def training_embeds(self, space: str) -> dict[str, Embeds]:
+        """Return what connects CLIP with a space: `{pool: {"{space}_{modality}": (rows, dim)}}`."""
+        return {name: training_embeds(stores) for name, stores in self.pools[space].items()}
 
     def write_report(
         self, table: dict[str, Metrics], spread: dict[str, Metrics] | None = None, command: str | None = None
@@ -92,8 +103,12 @@ class Connection:
         ]
         if spec.names is not None:
             tests.append(_entry(spec.names, "names of the classes", None))
-        log, path = self.folder / "train" / "log.json", self.folder / REPORT
-        history = json.loads(log.read_text(encoding="utf-8"))["history"] if log.is_file() else []
+        path = self.folder / REPORT
+        histories = {}
+        for bridge in self.recipe.bridges:
+            log = train_folder(self.recipe, self.folder, bridge) / "log.json"
+            if log.is_file():
+                histories[bridge.space] = json.loads(log.read_text(encoding="utf-8"))["history"]
         write_report(
             path,
             self.recipe,
@@ -103,10 +118,20 @@ class Connection:
             table,
             spread=spread,
             data=[*self.data, *tests],
-            history=history,
+            histories=histories,
             command=command,
         )
         return path
+
+
+def training_embeds(stores: Sequence[EmbeddingStore]) -> Embeds:
+    """Return the embeddings of a pool as the training takes them."""
+    return {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+
+
+def train_folder(recipe: Recipe, folder: Path, bridge: Bridge) -> Path:
+    """Return the folder of a bridge's training, one of its own where there are several."""
+    return folder / "train" if len(recipe.bridges) == 1 else folder / "train" / bridge.space
 
 
 def connect(
@@ -119,9 +144,10 @@ def connect(
     report: Callable[[str], None] = lambda line: None,
     command: str | None = None,
 ) -> Connection:
-    """Connect two spaces as a recipe says, in a folder of their own.
+    """Connect spaces as a recipe says, in a folder of their own.
 
-    Written below `folder`: `stores/` and `pseudo/` (embeddings), `train/` (checkpoints and log), `connector/` (the
+    Written below `folder`: `stores/` and `pseudo/` (embeddings), `train/` (checkpoints and log, by space where several
+    are connected with CLIP, one independent of the other), `connector/` (the
     trained part alone), `model/` (everything, for `CMCRModel.from_pretrained`), and, where the recipe evaluates,
     `evaluation.json` and the page `report.html`. Run it again to go on where it was stopped. One run at a time may use
     the folder.
@@ -140,8 +166,8 @@ def connect(
     folder, data_root = Path(folder), Path(data_root)
     check_output(folder, recipe)
     # All data and classes first: what is wrong with them should not be found behind hours of work.
-    overlap, leaves = recipe.overlap, recipe.leaves
-    specs = {modality: getattr(recipe, modality) for modality in (overlap, *leaves.values())}
+    bridges, spaces = recipe.bridges, recipe.spaces
+    specs = {modality: getattr(recipe, modality) for modality in recipe.modalities}
     data = {
         modality: Items(entries, modality, data_root)
         for modality, entries in specs.items()
@@ -150,23 +176,23 @@ def connect(
     given = _open_stores(recipe, data_root)
     _check_rows(given, data)
     held_back, media = _held_back(recipe, data_root)
-    distils = recipe.connector.get("objective") == "bridge-distillation"
-    counts = [_row_count(modality, data, given) for modality in (leaves.values() if distils else [overlap])]
-    _check_training(recipe, max(counts) if all(counts) else 0)
+    for bridge in bridges:
+        _check_training(recipe, bridge, {name: _row_count(name, data, given) for name in _counted(recipe, bridge)})
     sources = recipe.sources
-    report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in leaves))
+    report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in spaces))
     model = _load_sources(recipe)
     model.to(device)  # type: ignore[arg-type]
     processor = CMCRProcessor.from_sources_pretrained(
-        **{space: sources[space].id for space in leaves},
+        **{space: sources[space].id for space in spaces},
         revisions={space: source.revision for space, source in sources.items()},
     )
-    for space in leaves:
-        if overlap not in model.config.modalities_of(space):
-            raise ValueError(
-                f"The {space} source {sources[space].id!r} has no {overlap} tower, which is to connect it. Name a "
-                "source that has one."
-            )
+    for bridge in bridges:
+        for space in bridge.spaces:
+            if bridge.overlap not in model.config.modalities_of(space):
+                raise ValueError(
+                    f"The {space} source {sources[space].id!r} has no {bridge.overlap} tower, which is to connect it. "
+                    "Name a source that has one."
+                )
 
     records = {
         space: source_record(record["id"], record["revision"], model.sources[space])
@@ -176,12 +202,24 @@ def connect(
     for (space, _), store in given.items():
         _check_store(store, sources[space].id, records[space], dims[space])
 
+    native: dict[tuple[str, str], EmbeddingStore] = {}
+    pseudo: dict[str, EmbeddingStore] = {}
+
     def trained_on(space: str, modality: str) -> EmbeddingStore:
-        store = given.get((space, modality))
-        if store is None:
-            return embedded(space, data[modality])
-        report(f"{space}-{modality}: given, {store.rows} rows of {store.dim} in {store.folder}")
-        return store
+        if (space, modality) not in native:
+            store = given.get((space, modality))
+            if store is None:
+                store = embedded(space, data[modality])
+            else:
+                report(f"{space}-{modality}: given, {store.rows} rows of {store.dim} in {store.folder}")
+            native[space, modality] = store
+            rows = {name: store.rows for (_, name), store in native.items()}
+            for bridge in bridges:
+                # A streamed data set tells its number of items only now.
+                counted = _counted(recipe, bridge)
+                if set(counted) <= set(rows):
+                    _check_training(recipe, bridge, {name: rows[name] for name in counted})
+        return native[space, modality]
 
     def embedded(space: str, items: Items, prefix: str = "", role: str | None = None) -> EmbeddingStore:
         name = f"{prefix}{space}-{role or items.modality}"
@@ -199,33 +237,50 @@ def connect(
             done(f"{store.rows} rows of {store.dim} in {store.folder}")
         return store
 
-    def aggregated(queries: EmbeddingStore, memory: EmbeddingStore) -> EmbeddingStore:
-        name = f"{memory.space}-{memory.modality}"
-        with _stage(f"aggregate {name}", report) as done:
-            pseudo = folder / "pseudo" / name
-            store = aggregate_stores(queries, memory, pseudo, temperature=recipe.aggregate_temperature, device=device)
-            done(f"{store.rows} {_NOUNS[overlap]} over {memory.rows} {_NOUNS[memory.modality]} in {store.folder}")
-        return store
+    def aggregated(
+        pool: str, queries: EmbeddingStore, memory: EmbeddingStore, values: EmbeddingStore | None
+    ) -> EmbeddingStore:
+        leaf = memory if values is None else values
+        name = f"{leaf.space}-{leaf.modality}"
+        # Folders of the time before there were other pools.
+        if len(bridges) > 1 or pool != bridges[0].overlap:
+            name = f"{pool}/{name}"
+        if name not in pseudo:
+            with _stage(f"aggregate {name}", report) as done:
+                pseudo[name] = store = aggregate_stores(
+                    queries,
+                    memory,
+                    folder / "pseudo" / name,
+                    values=values,
+                    temperature=recipe.aggregate_temperature,
+                    device=device,
+                )
+                done(f"{store.rows} {_NOUNS[pool]} over {memory.rows} {_NOUNS[memory.modality]} in {store.folder}")
+        return pseudo[name]
 
     with locked(folder), named_write_errors(folder):
-        banks: dict[str, EmbeddingStore] = {}
-        for space in leaves:
-            banks[space] = trained_on(space, overlap)
-            # A streamed data set tells its number of items only now.
-            if not distils:
-                _check_training(recipe, banks[space].rows)
-        if sum((space, overlap) in given for space in leaves) == 1:
-            # Known of streamed items only now; two stores were compared before any work.
-            check_same_keys(*((str(store.folder), store.keys()) for store in banks.values()))
-        memories = {space: trained_on(space, modality) for space, modality in leaves.items()}
-        # Bridge distillation compares items of the memories themselves, for which no pseudo embeddings are needed.
-        if distils:
-            _check_training(recipe, max(store.rows for store in memories.values()))
-        leaf_stores = [memories[space] if distils else aggregated(banks[space], memories[space]) for space in leaves]
-        stores = [*banks.values(), *leaf_stores]
-        trained = _train(recipe, model.config, stores, folder / "train", device, report)
-        model.connector.load_state_dict(trained.state_dict())
-        model.config.posterior_temperatures = trained.config.posterior_temperatures
+        pools: dict[str, dict[str, list[EmbeddingStore]]] = {}
+        for bridge in bridges:
+            banks = [trained_on(space, bridge.overlap) for space in bridge.spaces]
+            if sum((space, bridge.overlap) in given for space in bridge.spaces) == 1:
+                # Known of streamed items only now; two stores were compared before any work.
+                check_same_keys(*((str(store.folder), store.keys()) for store in banks))
+            for space, modality in bridge.leaves.items():
+                trained_on(space, modality)
+            if recipe.objective == "bridge-distillation":
+                # The items of the memories themselves, for which no pseudo embeddings are needed.
+                leaves = [native[leaf] for leaf in bridge.leaves.items()]
+                pools[bridge.space] = {bridge.overlap: [*banks, *leaves]}
+                continue
+            pools[bridge.space] = {
+                pool: pool_stores(bridge, pool, native, partial(aggregated, pool)) for pool in bridge.pools
+            }
+        for bridge in bridges:
+            trained = _train(recipe, bridge, model.config, pools[bridge.space], folder, device, report)
+            for space in bridge.spaces:
+                model.connector.projectors[space].load_state_dict(trained.projectors[space].state_dict())
+            if recipe.objective == "bridge-distillation":
+                model.config.posterior_temperatures = trained.config.posterior_temperatures
         model.record_fingerprints(processor)
 
         with _stage("save", report) as done:
@@ -237,58 +292,79 @@ def connect(
             remove_evaluation(folder / "evaluation.json")
             remove_page(folder / REPORT)
         else:
-            other = recipe.other
-
-            def side(space: str, modality: str) -> Side:
+            sides = {}
+            for space, modality in _evaluated(recipe):
                 rows = embedded(space, held_back[modality], "evaluate-").tensor()
-                return Side(space, modality, rows, [str(item.label) for item in media[modality]])
-
-            query = side(other, leaves[other])
-            bank = (banks[other].tensor(), banks["clip"].tensor())
-            galleries = [modality for modality in ("image", "text") if modality in held_back]
-            sets = [RetrievalSet(query, side("clip", modality), *bank) for modality in galleries]
-            if "names" in held_back:
-                sets += _with_names(
-                    sets,
-                    {
-                        space: embedded(space, held_back["names"], "evaluate-", "names").tensor()
-                        for space in leaves
-                        if "text" in model.config.modalities_of(space)
-                    },
-                    held_back["names"],
-                )
+                sides[modality] = Side(space, modality, rows, [str(item.label) for item in media[modality]])
+            names = {
+                space: embedded(space, held_back["names"], "evaluate-", "names").tensor()
+                for space in spaces
+                if "names" in held_back and "text" in model.config.modalities_of(space)
+            }
+            sets = _retrieval_sets(bridges, native, sides, names, held_back.get("names"))
             with _stage("evaluate", report) as done:
-                table = {**baseline_metrics(sets), "C-MCR": connector_metrics(model.connector, sets)}
+                table = {**baseline_metrics(sets), ROWS[recipe.objective]: connector_metrics(model.connector, sets)}
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
-                counts = [f"{len(media[modality])} {_NOUNS[modality]}" for modality in (leaves[other], *galleries)]
+                counts = [f"{len(items)} {_NOUNS[modality]}" for modality, items in media.items()]
                 done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
         entries = _entries(recipe, data, given, data_root)
         write_cards(folder, _card(recipe, model.config, entries, table, command), report)
-        connection = Connection(recipe, folder, model, sets, media, table, entries, stores)
+        connection = Connection(recipe, folder, model, sets, media, table, entries, pools)
         if table is not None:
             with _stage("report", report) as done:
                 done(str(connection.write_report(table, command=command)))
     return connection
 
 
-def _with_names(sets: list[RetrievalSet], names: dict[str, torch.Tensor], items: Items) -> list[RetrievalSet]:
-    """Give the sets the class names for the closed cascade, and return the classification of point clouds by them.
+def _evaluated(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the space and modality of what is held back: the leaves that CLIP is connected with, then its own."""
+    pairs = [(bridge.space, bridge.leaves[bridge.space]) for bridge in recipe.bridges]
+    pairs += [("clip", "image"), ("clip", "text")]
+    return [
+        (space, modality) for space, modality in pairs if recipe.evaluate and modality in recipe.evaluate.modalities
+    ]
+
+
+def _retrieval_sets(
+    bridges: Sequence[Bridge],
+    native: Mapping[tuple[str, str], EmbeddingStore],
+    sides: Mapping[str, Side],
+    names: Mapping[str, torch.Tensor],
+    named: Items | None,
+) -> list[RetrievalSet]:
+    """Return what is to be measured: leaves with each other, each with CLIP's modalities, and clouds with their names.
 
     Args:
-        names: embeddings of all names, by those spaces that embed text.
+        sides: the held-back items by modality.
+        names: embeddings of all class names, by those spaces that embed text; `named` are the names.
     """
-    query = sets[0].query
-    classes = [_class(item) for item in items]
+    classes = [_class(item) for item in named or ()]
     distinct = sorted(set(classes))
-    embeds = {space: class_embeds(rows, [distinct.index(name) for name in classes]) for space, rows in names.items()}
-    if query.space in embeds:
-        for part in sets:
-            part.query_names, part.gallery_names = embeds[query.space], embeds["clip"]
-    if query.modality != "point_cloud":
-        return []
-    gallery = Side("clip", "text", embeds["clip"], distinct)
-    return [replace(sets[0], gallery=gallery, classify=True)]
+    phrases = {space: class_embeds(rows, [distinct.index(name) for name in classes]) for space, rows in names.items()}
+
+    measured = [bridge for bridge in bridges if bridge.leaves[bridge.space] in sides]
+    queries = {bridge.space: sides[bridge.leaves[bridge.space]] for bridge in measured}
+    banks = {
+        bridge.space: [native[space, bridge.overlap].tensor() for space in (bridge.space, "clip")]
+        for bridge in measured
+    }
+    sets = []
+    for first, second in itertools.combinations(queries, 2):
+        between = (banks[first][1], banks[second][1])
+        sets.append(RetrievalSet(queries[first], queries[second], banks[first][0], banks[second][0], between))
+    for space, query in queries.items():
+        galleries = [sides[modality] for modality in ("image", "text") if modality in sides]
+        there, back = banks[space]
+        sets += [RetrievalSet(query, gallery, there, back) for gallery in galleries]
+        if query.modality == "point_cloud" and phrases:
+            sets.append(
+                RetrievalSet(query, Side("clip", "text", phrases["clip"], distinct), there, back, classify=True)
+            )
+    for part in sets:
+        if part.query.space in phrases:
+            part.query_names, part.gallery_names = phrases[part.query.space], phrases["clip"]
+    return sets
 
 
 def _class(name: Item) -> str:
@@ -296,13 +372,20 @@ def _class(name: Item) -> str:
     return str(name.label or name.value)
 
 
-def _check_training(recipe: Recipe, rows: int) -> None:
-    """Check what would stop the training behind all embedding; 0 rows are a number that is not known yet."""
-    spec, objective = recipe.train, recipe.connector.get("objective", "c-mcr")
-    if objective not in ("c-mcr", "bridge-distillation"):
-        raise ValueError(
-            f"connector.objective is {objective!r}, expected 'c-mcr' or 'bridge-distillation'. Correct it."
-        )
+def _counted(recipe: Recipe, bridge: Bridge) -> tuple[str, ...]:
+    """Return the modalities whose items are the training rows."""
+    return tuple(bridge.leaves.values()) if recipe.objective == "bridge-distillation" else bridge.pools
+
+
+def _check_training(recipe: Recipe, bridge: Bridge, rows: Mapping[str, int]) -> None:
+    """Check what would stop the training behind all embedding.
+
+    Args:
+        rows: the items of the modalities that are counted; 0 is a number that is not known yet.
+    """
+    spec, objective = recipe.train, recipe.objective
+    if objective not in ROWS:
+        raise ValueError(f"connector.objective is {objective!r}, expected {' or '.join(map(repr, ROWS))}. Correct it.")
     if spec.seed >= 2**32:
         raise ValueError(f"train.seed is {spec.seed}, expected less than 2 ** 32. Lower it in the recipe.")
     if spec.batch_size < 2:
@@ -310,19 +393,20 @@ def _check_training(recipe: Recipe, rows: int) -> None:
             f"train.batch_size is {spec.batch_size}, expected at least 2: the loss compares the rows of a batch. "
             "Raise it in the recipe."
         )
-    counted = _NOUNS[recipe.overlap]
+    total, nouns = sum(rows.values()), " and ".join(_NOUNS[name] for name in rows)
     if objective == "bridge-distillation":
-        counted = "items of the larger memory"
+        # An epoch is as long as the larger memory.
+        total, nouns = max(rows.values()), " or ".join(_NOUNS[name] for name in rows)
         if spec.validation_rows:
             raise ValueError(
                 f"train.validation_rows is {spec.validation_rows}, expected 0 for bridge-distillation: no item of a "
                 "memory has a partner to be found. Remove it."
             )
-    if rows and spec.batch_size > rows - spec.validation_rows:
+    if all(rows.values()) and spec.batch_size > total - spec.validation_rows:
         raise ValueError(
-            f"train.batch_size is {spec.batch_size}, expected at most the {max(rows - spec.validation_rows, 0)} "
-            f"training rows ({rows} {counted} less {spec.validation_rows} of train.validation_rows). "
-            f"Lower either in the recipe, or add {counted}."
+            f"train.batch_size is {spec.batch_size}, expected at most the {max(total - spec.validation_rows, 0)} "
+            f"training rows ({total} {nouns} less {spec.validation_rows} of train.validation_rows). Lower either in "
+            f"the recipe, or add {nouns}."
         )
 
 
@@ -341,7 +425,7 @@ def _command(recipe: Recipe) -> str | None:
 def _open_stores(recipe: Recipe, data_root: Path) -> dict[tuple[str, str], EmbeddingStore]:
     """Open the stores that a recipe names, by space and modality, and check what they say of themselves."""
     given = {}
-    for modality in (recipe.overlap, *recipe.leaves.values()):
+    for modality in recipe.modalities:
         for space, name in (getattr(recipe, modality)[0].stores or {}).items():
             store = EmbeddingStore.open(name if is_address(name) else data_root / name)
             if (store.space, store.modality) != (space, modality):
@@ -409,8 +493,13 @@ def _entries(
     recipe: Recipe, data: dict[str, Items], given: dict[tuple[str, str], EmbeddingStore], data_root: Path
 ) -> list[dict[str, Any]]:
     """Describe the training data of a recipe for a reader, entry by entry, and store by store."""
-    roles = {recipe.overlap: f"the {_NOUNS[recipe.overlap]} that connect"}
-    roles |= {modality: f"{modality.replace('_', ' ')} memory" for modality in recipe.leaves.values()}
+    overlaps = {bridge.overlap for bridge in recipe.bridges}
+    roles = {
+        modality: f"the {_NOUNS[modality]} that connect"
+        if modality in overlaps
+        else f"{modality.replace('_', ' ')} memory"
+        for modality in recipe.modalities
+    }
     entries = []
     for modality, role in roles.items():
         specs = getattr(recipe, modality)
@@ -462,6 +551,7 @@ def _card(
         },
         "weight of the gap term": config.intra_weight,
         "noise": {"norm": config.noise_norm},
+        "pools": ", ".join(dict.fromkeys(name for bridge in recipe.bridges for name in bridge.pools)),
         **asdict(recipe.train),
     }
     results = [
@@ -500,15 +590,15 @@ def _held_back(recipe: Recipe, data_root: Path) -> tuple[dict[str, Items], dict[
             # Of what is streamed, the names alone, whatever its size; texts are short.
             kept = isinstance(item.value, Path | str)
             media[modality].append(item if kept else replace(item, value=None))
-    leaf = recipe.leaves[recipe.other]
     labels = {modality: [str(item.label) for item in part] for modality, part in media.items()}
-    for modality in items:
-        if modality != leaf:
-            check_classes(labels[leaf], labels[modality], (leaf, modality))
+    leaf, *others = (modality for _, modality in _evaluated(recipe))
+    for modality in others:
+        check_classes(labels[leaf], labels[modality], (leaf, modality))
     if spec.names is not None:
         items["names"] = Items([spec.names], "text", data_root)
-        if leaf == "point_cloud":
-            check_classes(labels[leaf], [_class(item) for item in items["names"]], (leaf, "names"))
+        if "point_cloud" in labels:
+            names = [_class(item) for item in items["names"]]
+            check_classes(labels["point_cloud"], names, ("point_cloud", "names"))
     return items, media
 
 
@@ -534,17 +624,22 @@ def _load_sources(recipe: Recipe) -> CMCRModel:
 
 def _train(
     recipe: Recipe,
+    bridge: Bridge,
     config: CMCRConfig,
-    stores: list[EmbeddingStore],
+    pools: Mapping[str, Sequence[EmbeddingStore]],
     folder: Path,
     device: str,
     report: Callable[[str], None],
 ) -> CMCRConnector:
-    spec = recipe.train
-    digests = {f"{store.space}-{store.modality}": store.digest for store in stores}
+    spec, folder = recipe.train, train_folder(recipe, folder, bridge)
+    digests: dict[str, str] = {}
+    for pool, stores in pools.items():
+        # As it was before there were other pools.
+        prefix = "" if bridge.pools == (bridge.overlap,) else f"{pool}/"
+        digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
     key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector}
     state = folder / STAGE
-    with _stage("train", report) as done:
+    with _stage(folder.name if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():
             try:
                 document = json.loads(state.read_text(encoding="utf-8"))
@@ -580,10 +675,10 @@ def _train(
         write_json(state, {"key": key, "complete": False})
         args = training_arguments(spec, folder, device)
         args.resume_from_checkpoint = last_checkpoint(folder)
-        embeds = {f"{store.space}_{store.modality}": store.tensor() for store in stores}
+        embeds = [training_embeds(stores) for stores in pools.values()]
         # Trainer writes into the configuration it is given, so a run that is kept would save another one.
         connector, history = train_connector(
-            deepcopy(config), embeds, args, validation_rows=spec.validation_rows, log_lines=False
+            bridge_config(config, bridge), embeds, args, validation_rows=spec.validation_rows, log_lines=False
         )
         shutil.rmtree(folder / "connector", ignore_errors=True)
         connector.save_pretrained(folder / "connector")
@@ -592,11 +687,25 @@ def _train(
         log = [{name: value for name, value in entry.items() if not _RUN.search(name)} for entry in history]
         write_json(folder / "log.json", {"history": [entry for entry in log if {"loss", "eval_loss"} & entry.keys()]})
         write_json(state, {"key": key, "complete": True})
-        terms = next(entry for entry in reversed(history) if "loss_leaf" in entry)
-        shown = [name for name in terms if name == "loss" or name.startswith("loss_")]
-        losses = ", ".join(f"{name} {terms[name]:.3f}" for name in shown)
+        terms = next(entry for entry in reversed(history) if "loss" in entry)
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name.startswith("loss"))
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")
         return connector
+
+
+def bridge_config(config: CMCRConfig, bridge: Bridge) -> CMCRConfig:
+    """Return the configuration of the connector of one bridge of a model, which trains by itself."""
+    if list(bridge.spaces) == config.spaces:
+        return deepcopy(config)
+    fields = {name: deepcopy(getattr(config, name)) for name in CMCRConfig.__annotations__}
+    for space in set(config.spaces) - set(bridge.spaces):
+        fields[f"{space}_config"] = None
+    fields["projectors"] = {space: fields["projectors"][space] for space in bridge.spaces}
+    fields["sources"] = {
+        space: fields["sources"][space] for space in bridge.spaces if space in fields["sources"] or ()
+    }
+    fields["bridges"] = [[*bridge.spaces, bridge.overlap]]
+    return CMCRConfig(**{**fields, "default_spaces": None, "fingerprints": None})
 
 
 def training_arguments(spec: TrainSpec, folder: Path, device: str) -> ConnectorTrainingArguments:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .durable import clear_replacement, replace_folder, sha256, temporary_path, write_durably
 
 if TYPE_CHECKING:
-    from .modeling.modeling_cmcr import CMCRModel
+    import torch
+
+    from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
     from .modeling.processing_cmcr import CMCRProcessor
     from .training.recipe import Recipe
 
@@ -82,13 +84,8 @@ def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
 
     Returns True if both folders hold, byte by byte, what was written before; files of others in them stay.
     """
-    weights = hashlib.sha256()
-    for name, tensor in model.connector.state_dict().items():
-        # Of another machine or number of threads, a fingerprint differs in its last bits.
-        if not name.startswith("fingerprint_"):
-            weights.update(name.encode() + tensor.cpu().numpy().tobytes())
     key = {
-        "connector": weights.hexdigest(),
+        "connector": connector_digest(model.connector),
         "sources": model.config.sources,
         "fingerprints": model.config.fingerprints,
     }
@@ -114,6 +111,25 @@ def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
         replace_folder(folder / name)
     write_json(state, {**key, "files": written, "cards": {}})
     return False
+
+
+def connector_digest(connector: CMCRConnector) -> str:
+    """Return the sha256 of a connector's trained weights in hexadecimal."""
+    state = connector.state_dict()
+    # Of another machine or number of threads, a fingerprint differs in its last bits.
+    return weights_digest({name: tensor for name, tensor in state.items() if not name.startswith("fingerprint_")})
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the sha256 of the names and contents of tensors in hexadecimal."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        # As bytes, since numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _copy_others(part: Path, temporary: Path, ours: set[str]) -> None:

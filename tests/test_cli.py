@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def data(tmp_path):
 
 
 def evaluate(model, data, *more):
-    paths = ["--images", str(data / "photos"), "--audio", str(data / "sounds")]
+    paths = ["--images", str(data / "photos"), "--audio", str(data / "sounds"), "--output", str(data / "out")]
     return main(["evaluate", "retrieval", "--model", str(model), *paths, "--device", "cpu", *more])
 
 
@@ -88,8 +89,20 @@ def test_the_command_explains_itself(capsys):
     [
         ("demo", ["--output", "default: runs/demo", "default: 3", "default: 20", "default: runs/encoders"]),
         ("connect", ["default: runs/NAME", "default: 32", "default: cuda where there is one", "clip-clap", "demo"]),
-        ("evaluate retrieval", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate retrieval"]),
-        ("evaluate modelnet40", ["64 prompts", "default: 32", "--data", "Example: cmcr evaluate modelnet40"]),
+        (
+            "evaluate retrieval",
+            ["default: parent", "default: 32", "--model", "--model runs/demo/model"],
+        ),
+        (
+            "evaluate classification",
+            [
+                "--layout esc-50",
+                "default: 32",
+                "default: runs/evaluate/classification",
+                "64 for point clouds",
+                "default: all five",
+            ],
+        ),
     ],
 )
 def test_the_help_of_every_command_names_its_defaults(capsys, command, expected):
@@ -106,7 +119,7 @@ def test_the_help_of_every_command_names_its_defaults(capsys, command, expected)
     [
         ([], "the following arguments are required: COMMAND"),
         (["conect"], "invalid choice: 'conect'"),
-        (["evaluate", "retrieval", "--model", "m"], "the following arguments are required: --images, --audio"),
+        (["evaluate", "retrieval", "--images", "photos"], "the following arguments are required: --model"),
         (["evaluate"], "the following arguments are required: TASK"),
         (["connect", "demo", "--batch-size", "0"], "expected at least 1, got 0"),
         (["demo", "--derangements", "-1"], "expected 0 or more, got -1"),
@@ -172,7 +185,7 @@ def test_connect_takes_the_data_from_another_folder(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (clip-clap, "),
+        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (all, clip-clap, "),
         ("absent.yaml", "cmcr connect: Cannot read the recipe absent.yaml: No such file or directory."),
     ],
 )
@@ -279,7 +292,7 @@ def test_an_output_that_is_a_file_is_named_before_the_world_is_written(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("output", "expected"), [("photos", "photos is a folder, expected a file"), ("note/m.json", "note is a file")]
+    ("output", "expected"), [("note", "note is a file, expected a folder"), ("note/out", "note is a file")]
 )
 def test_evaluate_refuses_an_output_it_cannot_write_before_it_loads_the_model(data, capsys, output, expected):
     (data / "note").write_text("mine")
@@ -289,11 +302,11 @@ def test_evaluate_refuses_an_output_it_cannot_write_before_it_loads_the_model(da
 
 @pytest.mark.parametrize("part", ["model", "connector"])
 def test_evaluate_measures_two_folders_whose_files_pair_by_name(model, data, capsys, part):
-    assert evaluate(model.with_name(part), data, "--label", "stem", "--output", str(data / "results" / "m.json")) == 0
+    assert evaluate(model.with_name(part), data, "--label", "stem") == 0
     out = capsys.readouterr().out
-    assert out.startswith("3 clips, 3 images, 3 classes\n")
-    saved = json.loads((data / "results" / "m.json").read_text())
-    assert saved["model"] == str(model.with_name(part))
+    assert out.startswith("audio-image retrieval by class: 3 clips, 3 images, 3 classes\n")
+    saved = json.loads((data / "out" / "result.json").read_text())
+    assert saved["model"]["name"] == part
     assert saved["metrics"]["chance"]["audio_to_image"]["P@1"] == pytest.approx(1 / 3)
 
     connected, processor = CMCRModel.from_pretrained(model), CMCRProcessor.from_pretrained(model)
@@ -303,7 +316,7 @@ def test_evaluate_measures_two_folders_whose_files_pair_by_name(model, data, cap
     scores = audio.pooler_output @ images.pooler_output.T
     hits = (scores.argmax(1) == torch.arange(3)).double().mean().item()
     assert saved["metrics"]["model"]["audio_to_image"]["P@1"] == pytest.approx(hits)
-    assert f"model   {hits:.3f}" in out
+    assert re.search(rf"^model +{hits:.3f}", out, re.MULTILINE)
 
 
 def test_evaluate_takes_the_folder_of_a_file_as_its_class_by_default(model, data, capsys):
@@ -317,10 +330,9 @@ def test_evaluate_takes_the_folder_of_a_file_as_its_class_by_default(model, data
 
 def test_evaluate_does_not_depend_on_the_batch_size(model, data):
     for size in ("1", "3"):
-        assert (
-            evaluate(model, data, "--label", "stem", "--batch-size", size, "--output", str(data / f"{size}.json")) == 0
-        )
-    assert (data / "1.json").read_text() == (data / "3.json").read_text()
+        assert evaluate(model, data, "--label", "stem", "--batch-size", size, "--output", str(data / size)) == 0
+    one, three = (json.loads((data / size / "result.json").read_text()) for size in ("1", "3"))
+    assert one["metrics"] == three["metrics"]
 
 
 @pytest.mark.parametrize("folder", ["photos", "sounds"])

@@ -79,7 +79,7 @@ def test_images_are_embedded_in_both_spaces_and_get_pseudo_texts_and_clouds(fini
         "evaluate-clip-text": (3, 24),
         "evaluate-clip-names": (6, 24),
     }
-    embeds = finished.training_embeds()
+    embeds = finished.training_embeds("ulip")["image"]
     assert list(embeds) == ["clip_image", "ulip_image", "clip_text", "ulip_point_cloud"]
     memory = stores["ulip-point_cloud"].tensor().double()
     expected = torch.softmax(embeds["ulip_image"].double() @ memory.T / 0.01, dim=1) @ memory
@@ -159,7 +159,7 @@ def test_a_ulip_with_a_text_tower_is_connected_through_texts(recipe, tiny_text_u
     sources = {**recipe.sources, "ulip": SourceSpec(str(tiny_text_ulip))}
     connector = {**recipe.connector, "bridges": [["clip", "ulip", "text"]]}
     done = connect(replace(recipe, sources=sources, connector=connector), tmp_path, data)
-    assert list(done.training_embeds()) == ["clip_text", "ulip_text", "clip_image", "ulip_point_cloud"]
+    assert list(done.training_embeds("ulip")["text"]) == ["clip_text", "ulip_text", "clip_image", "ulip_point_cloud"]
     # Names in both spaces make the closed cascade.
     assert "closed cascade" in done.table
 

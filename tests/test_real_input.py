@@ -105,16 +105,15 @@ def test_a_recording_of_minutes_gives_what_its_whole_log_mel_gives(shared, tmp_p
 
 def test_evaluate_measures_folders_of_real_files(shared, tiny_model, tmp_path, capsys):
     data = unpack(shared, tmp_path, per_class=3)
-    result = tmp_path / "result.json"
-    sides = ["--images", str(data / "images"), "--audio", str(data / "audio")]
-    assert main(["evaluate", "retrieval", "--model", str(tiny_model), *sides, "--output", str(result)]) == 0
+    sides = ["--images", str(data / "images"), "--audio", str(data / "audio"), "--output", str(tmp_path / "result")]
+    assert main(["evaluate", "retrieval", "--model", str(tiny_model), *sides]) == 0
     assert "15 clips, 15 images, 5 classes" in capsys.readouterr().out
-    metrics = json.loads(result.read_text())["metrics"]
+    metrics = json.loads((tmp_path / "result" / "result.json").read_text())["metrics"]
     assert metrics["chance"]["audio_to_image"]["P@1"] == pytest.approx(0.2)
     assert 0 <= metrics["model"]["image_to_audio"]["mAP"] <= 1
 
 
-def test_evaluate_pairs_the_official_triples_by_their_names(shared, tiny_model, capsys):
+def test_evaluate_pairs_the_official_triples_by_their_names(shared, tiny_model, tmp_path, capsys):
     official = str(shared / "official")
     arguments = [
         "evaluate",
@@ -127,6 +126,8 @@ def test_evaluate_pairs_the_official_triples_by_their_names(shared, tiny_model, 
         official,
         "--label",
         "stem",
+        "--output",
+        str(tmp_path),
     ]
     assert main(arguments) == 0
     assert "3 clips, 3 images, 3 classes" in capsys.readouterr().out

@@ -72,17 +72,22 @@ _HELD_OUT_TEMPLATES = (
 
 def image_caption(kind: str, generator: np.random.Generator, *, colour: str | None = None) -> str:
     """Say what a picture of the kind looks like; `colour` is the picture's, or else drawn at random."""
-    return _about(_CAPTION_TEMPLATES, kind, generator, colour)
+    return thing_caption(named_kind(kind).nouns, generator, colour=colour)
+
+
+def thing_caption(nouns: Sequence[str], generator: np.random.Generator, *, colour: str | None = None) -> str:
+    """Say what a picture of a thing of these nouns looks like, the plain one first."""
+    return _about(_CAPTION_TEMPLATES, nouns, generator, colour)
 
 
 def memory_text(kind: str, generator: np.random.Generator) -> str:
     """Say something of a thing of the kind, in wording that no caption has."""
-    return _about(_MEMORY_TEMPLATES, kind, generator, None)
+    return _about(_MEMORY_TEMPLATES, named_kind(kind).nouns, generator, None)
 
 
 def held_out_text(kind: str, generator: np.random.Generator) -> str:
     """Say something of a thing of the kind, in wording that neither a caption nor a memory text has."""
-    return _about(_HELD_OUT_TEMPLATES, kind, generator, None)
+    return _about(_HELD_OUT_TEMPLATES, named_kind(kind).nouns, generator, None)
 
 
 def kind_phrase(kind: str) -> str:
@@ -90,6 +95,6 @@ def kind_phrase(kind: str) -> str:
     return with_articles(f"a {named_kind(kind).nouns[0]}")
 
 
-def _about(templates: Sequence[str], kind: str, generator: np.random.Generator, colour: str | None) -> str:
+def _about(templates: Sequence[str], nouns: Sequence[str], generator: np.random.Generator, colour: str | None) -> str:
     colours = (colour,) if colour else tuple(COLOURS)
-    return sentence(templates, named_kind(kind).nouns, {**_FIELDS, "colour": colours}, generator)
+    return sentence(templates, nouns, {**_FIELDS, "colour": colours}, generator)

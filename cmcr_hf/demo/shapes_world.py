@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +53,28 @@ def write_shapes_world(
 def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:
     for kind in tqdm(KINDS, desc="Writing the synthetic shapes world", unit="kind"):
         for split in ("images", "test_images"):
-            write_pictures(folder / split / kind, render, kind, counts[split], seed=seed, split=split)
+            write_pictures(render, folder / split / kind, kind, counts[split], seed=seed, split=split)
         for split in ("clouds", "test_clouds"):
-            (folder / split / kind).mkdir(parents=True)
-            for index in range(counts[split]):
-                # By way of memory: on a full disk numpy's own writing to a file does not name the cause.
-                array = io.BytesIO()
-                np.save(array, sample_cloud(kind, stream(seed, split, kind, index)), allow_pickle=False)
-                (folder / split / kind / f"{index:04d}.npy").write_bytes(array.getvalue())
+            write_clouds(sample_cloud, folder / split / kind, kind, counts[split], seed=seed, split=split)
     for split, say in (("texts", memory_text), ("test_texts", held_out_text)):
         rows = [(line, kind) for kind in KINDS for line in distinct(say, kind, counts[split], seed=seed, split=split)]
         write_table(folder / f"{split}.csv", rows)
     write_table(folder / "names.csv", [(kind_phrase(kind), kind) for kind in KINDS])
+
+
+def write_clouds(
+    sample: Callable[[str, np.random.Generator], np.ndarray],
+    folder: Path,
+    kind: str,
+    count: int,
+    *,
+    seed: int,
+    split: str,
+) -> None:
+    """Make a folder of the clouds of one kind, each of its own stream: `0000.npy` and on."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        # By way of memory: on a full disk numpy's own writing to a file does not name the cause.
+        array = io.BytesIO()
+        np.save(array, sample(kind, stream(seed, split, kind, index)), allow_pickle=False)
+        (folder / f"{index:04d}.npy").write_bytes(array.getvalue())

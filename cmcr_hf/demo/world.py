@@ -158,23 +158,17 @@ def _described(description: dict[str, object]) -> str:
 def _write_items(folder: Path, seed: int, counts: dict[str, int]) -> None:
     for concept in tqdm(CONCEPTS, desc="Writing the synthetic world", unit="concept"):
         for split in ("images", "test_images"):
-            write_pictures(folder / split / concept, draw, concept, counts[split], seed=seed, split=split)
+            write_pictures(draw, folder / split / concept, concept, counts[split], seed=seed, split=split)
         for split in ("sounds", "test_sounds"):
-            (folder / split / concept).mkdir(parents=True)
-            for index in range(counts[split]):
-                samples = synthesise(concept, stream(seed, split, concept, index))
-                # By way of memory: on a full disk soundfile fails an assertion of its own.
-                wave = io.BytesIO()
-                soundfile.write(wave, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
-                (folder / split / concept / f"{index:04d}.wav").write_bytes(wave.getvalue())
+            write_sounds(folder / split / concept, concept, counts[split], seed=seed, split=split)
     texts = [(line, concept) for concept in CONCEPTS for line in distinct_texts(concept, counts["texts"], seed=seed)]
     write_table(folder / "texts.csv", texts)
     write_table(folder / "names.csv", [(concept_phrase(concept), concept) for concept in CONCEPTS])
 
 
 def write_pictures(
-    folder: Path,
     picture: Callable[[str, np.random.Generator], Image.Image],
+    folder: Path,
     concept: str,
     count: int,
     *,
@@ -185,6 +179,17 @@ def write_pictures(
     folder.mkdir(parents=True)
     for index in range(count):
         picture(concept, stream(seed, split, concept, index)).save(folder / f"{index:04d}.png", compress_level=1)
+
+
+def write_sounds(folder: Path, concept: str, count: int, *, seed: int, split: str) -> None:
+    """Make a folder of the sounds of one concept, each of its own stream: `0000.wav` and on."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        samples = synthesise(concept, stream(seed, split, concept, index))
+        # By way of memory: on a full disk soundfile fails an assertion of its own.
+        wave = io.BytesIO()
+        soundfile.write(wave, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+        (folder / f"{index:04d}.wav").write_bytes(wave.getvalue())
 
 
 def write_table(path: Path, rows: list[tuple[str, str]]) -> None:

@@ -8,15 +8,24 @@ better.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.functional import normalize
+
+from ..modeling.losses_cmcr import symmetric_info_nce
 
 # Chosen without pairs: between the 0.01 of C-MCR's semantic consistency and the width of a posterior match.
 BRIDGE_TEMPERATURE = 0.03
 # Found with small encoders of 128 dimensions; no value is established for other widths.
 POSTERIOR_TEMPERATURE = 0.06
+
+# Names of those that only need the bank.
+TRAINING_FREE = ("one-way bridge", "two-way bridge", "posterior matching")
+# Scores of some queries, (rows, gallery).
+Scorer = Callable[[slice], torch.Tensor]
+# Baselines of which one direction is the transpose of the other.
+_SYMMETRIC = ("unconnected", "linear map", "two-way bridge", "posterior matching")
 
 # Bytes of the largest (queries, texts) matrix alive at once.
 _BLOCK_BYTES = 2**27
@@ -50,11 +59,7 @@ def one_way_bridge(
     Training-free and knows no class. The default temperature is chosen without pairs.
     """
     a, text_a, text_b, b = _checked(a, text_a, text_b, b)
-    _check_positive("temperature", temperature)
-    carried = torch.empty(len(a), text_b.shape[1], dtype=text_b.dtype, device=text_b.device)
-    for rows in _blocks(len(a), len(text_a) * a.element_size()):
-        carried[rows] = _softmax_(a[rows] @ text_a.T, temperature) @ text_b
-    return normalize(carried, dim=-1) @ b.T
+    return _carried(a, text_a, text_b, temperature) @ b.T
 
 
 def two_way_bridge(
@@ -138,7 +143,7 @@ def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     return rotation.to(text_a.dtype)
 
 
-def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the maps W_a (d_a, k) and W_b (d_b, k) of canonical correlation analysis, k the smaller width.
 
     Both spaces are whitened and turned so that the texts correlate axis by axis. An axis is scaled by its correlation
@@ -147,7 +152,8 @@ def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01)
     it as normalize(a W_a) normalize(b W_b)^T.
 
     Args:
-        ridge: added to both second moments, in units of 1 / width, as in [`ridge_map`].
+        ridge: added to both second moments, in units of 1 / width, their mean eigenvalue. The default is that mean
+            itself: a small one blows up directions that texts barely have and other modalities do.
     """
     text_a, text_b = _aligned_texts(text_a, text_b)
     _check_positive("ridge", ridge)
@@ -160,6 +166,51 @@ def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01)
     scale = correlations.sqrt()
     # Each side takes the root, so that their product has the correlation.
     return (first @ left * scale).to(text_a.dtype), (second @ right.T * scale).to(text_b.dtype)
+
+
+def linear_map(
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    *,
+    temperature: float = 0.07,
+    steps: int = 400,
+    batch: int = 512,
+    seed: int = 0,
+) -> torch.nn.Linear:
+    """Train one linear layer (d_a to d_b, with bias) by symmetric InfoNCE on the texts, as CLIPCLAP's is trained.
+
+    Text i of space A, mapped and scaled to unit length, is to find text i of space B among a batch. CLIPCLAP
+    (antflydb/clipclap) gives the layer and the temperature; AdamW at 1e-2 with cosine decay, the steps and the batches
+    are ours: seconds, and what more of them add is in the noise. Use it as normalize(map(a)) b^T.
+
+    Args:
+        seed: decides initial weights and batches; torch's global generator is left as it is.
+    """
+    text_a, text_b = _aligned_texts(text_a, text_b)
+    _check_positive("temperature", temperature)
+    text_a, text_b = text_a.float(), text_b.float()
+    generator = torch.Generator().manual_seed(seed)
+    layer: torch.nn.Linear = torch.nn.utils.skip_init(  # its own weights come of the global generator
+        torch.nn.Linear, text_a.shape[1], text_b.shape[1], device=text_a.device
+    )
+    with torch.no_grad():
+        bound = text_a.shape[1] ** -0.5
+        layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+        layer.bias.zero_()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rows = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(rows) < min(batch, len(text_a)):
+            rows = torch.cat([rows, torch.randperm(len(text_a), generator=generator)])
+        chosen, rows = rows[:batch].to(text_a.device), rows[batch:]
+        with torch.enable_grad():
+            loss = symmetric_info_nce(normalize(layer(text_a[chosen]), dim=-1), text_b[chosen], 1 / temperature)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+    return layer.requires_grad_(False)
 
 
 def derange_by_name(names: Sequence[str], generator: torch.Generator) -> torch.Tensor:
@@ -205,6 +256,7 @@ def baseline_scores(
     names_image_space: torch.Tensor | None = None,
     *,
     temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Score audio against images, and images against audio, with every baseline.
 
@@ -214,35 +266,144 @@ def baseline_scores(
 
     Args:
         temperature: one temperature for both bridges and posterior matching; `None` uses each one's own default.
+        linear: the [`linear_map`] of these texts, where it has been trained already.
     """
-    if (names_audio_space is None) != (names_image_space is None):
+    scorers = baseline_scorers(
+        audio,
+        image,
+        text_audio_space,
+        text_image_space,
+        names_audio_space,
+        names_image_space,
+        temperature=temperature,
+        linear=linear,
+    )
+    every = slice(None)
+    scores = {}
+    for name, (there, back) in scorers.items():
+        forward = there(every)
+        scores[name] = (forward, forward.T if name in _SYMMETRIC else back(every))
+    return scores
+
+
+def baseline_scorers(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    names_a: torch.Tensor | None = None,
+    names_b: torch.Tensor | None = None,
+    *,
+    temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
+) -> dict[str, tuple[Scorer, Scorer]]:
+    """Return every baseline of [`baseline_scores`] as two functions: to score some rows of a, or of b, at a time."""
+    if (names_a is None) != (names_b is None):
         raise ValueError("Got class names in one space only, expected both or neither; embed them in both spaces.")
     bridge_temperature = BRIDGE_TEMPERATURE if temperature is None else temperature
     posterior_temperature = POSTERIOR_TEMPERATURE if temperature is None else temperature
-    audio, text_a, text_b, image = _checked(audio, text_audio_space, text_image_space, image)
+    a, text_a, text_b, b = _checked(a, text_a, text_b, b)
 
+    scorers = {}
+    if a.shape[1] == b.shape[1]:
+        scorers["unconnected"] = (inner_scorer(a, b), inner_scorer(b, a))
+    for name, fit in (("ridge", ridge_map), ("procrustes", procrustes_map)):
+        scorers[name] = (
+            inner_scorer(normalize(a @ fit(text_a, text_b), dim=-1), b),
+            inner_scorer(normalize(b @ fit(text_b, text_a), dim=-1), a),
+        )
+    layer = linear or linear_map(text_a, text_b)
+    mapped, single = normalize(layer(a.float()), dim=-1), b.float()
+    scorers["linear map"] = (inner_scorer(mapped, single), inner_scorer(single, mapped))
+    carried_a, carried_b = (
+        _carried(a, text_a, text_b, bridge_temperature),
+        _carried(b, text_b, text_a, bridge_temperature),
+    )
+    scorers["one-way bridge"] = (inner_scorer(carried_a, b), inner_scorer(carried_b, a))
+    both_a, both_b = torch.cat([carried_a, a], 1), torch.cat([b, carried_b], 1) / 2
+    scorers["two-way bridge"] = (inner_scorer(both_a, both_b), inner_scorer(both_b, both_a))
+    scorers["posterior matching"] = (
+        lambda rows: posterior_matching(a[rows], text_a, text_b, b, temperature=posterior_temperature),
+        lambda rows: posterior_matching(b[rows], text_b, text_a, a, temperature=posterior_temperature),
+    )
+    if names_a is not None and names_b is not None:
+        scorers["closed cascade"] = (
+            lambda rows: closed_cascade(a[rows], names_a, names_b, b),
+            lambda rows: closed_cascade(b[rows], names_b, names_a, a),
+        )
+    return scorers
+
+
+def inner_scorer(a: torch.Tensor, b: torch.Tensor) -> Scorer:
+    """Return the function that scores some rows of a by their inner products with all of b."""
+    return lambda rows: a[rows] @ b.T
+
+
+def two_hop_scores(
+    a: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+    b: torch.Tensor,
+    names_a: torch.Tensor | None = None,
+    names_between: torch.Tensor | None = None,
+    *,
+    linear: tuple[torch.nn.Linear, torch.nn.Linear] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Score two spaces that share nothing with each other, but each a modality with a space between them.
+
+    The baselines are those of [`baseline_scores`], carried over both banks: maps one after the other, bridges one
+    after the other, and posterior matching over the last bank of what the first one carried. Each direction starts at
+    its query.
+
+    Args:
+        first: `(items, dim)` of one bank, the same items row by row in the space of a and in that between.
+        second: those of the other bank, in the space between and in that of b.
+        names_a, names_between: a phrase a class in both of these spaces, for the closed cascade.
+        linear: the [`linear_map`] of a, and that of b, into the space between, where they have been trained already.
+    """
+    a, *checked = _checked(a, *first, first[1])
+    first = (checked[0], checked[1])
+    *checked, b = _checked(second[0], *second, b)
+    second = (checked[1], checked[2])
     scores = {}
-    if audio.shape[1] == image.shape[1]:
-        cosine = unconnected(audio, image)
+    if a.shape[1] == b.shape[1]:
+        cosine = unconnected(a, b)
         scores["unconnected"] = (cosine, cosine.T)
     for name, fit in (("ridge", ridge_map), ("procrustes", procrustes_map)):
         scores[name] = (
-            normalize(audio @ fit(text_a, text_b), dim=-1) @ image.T,
-            normalize(image @ fit(text_b, text_a), dim=-1) @ audio.T,
+            normalize(normalize(a @ fit(*first), dim=-1) @ fit(*second), dim=-1) @ b.T,
+            normalize(normalize(b @ fit(*second[::-1]), dim=-1) @ fit(*first[::-1]), dim=-1) @ a.T,
         )
-    there = one_way_bridge(audio, text_a, text_b, image, temperature=bridge_temperature)
-    back = one_way_bridge(image, text_b, text_a, audio, temperature=bridge_temperature)
+    of_a, of_b = linear or (linear_map(*first), linear_map(*second[::-1]))
+    mapped = normalize(of_a(a.float()), dim=-1) @ normalize(of_b(b.float()), dim=-1).T
+    scores["linear map"] = (mapped, mapped.T)
+    carried_a, carried_b = (
+        _carried(rows, *bank, BRIDGE_TEMPERATURE) for rows, bank in ((a, first), (b, second[::-1]))
+    )
+    there = one_way_bridge(carried_a, *second, b)
+    back = one_way_bridge(carried_b, *first[::-1], a)
     scores["one-way bridge"] = (there, back)
-    two_way = (there + back.T) / 2
-    scores["two-way bridge"] = (two_way, two_way.T)
-    matched = posterior_matching(audio, text_a, text_b, image, temperature=posterior_temperature)
-    scores["posterior matching"] = (matched, matched.T)
-    if names_audio_space is not None and names_image_space is not None:
+    scores["two-way bridge"] = ((there + back.T) / 2, (there.T + back) / 2)
+    scores["posterior matching"] = (
+        posterior_matching(carried_a, *second, b),
+        posterior_matching(carried_b, *first[::-1], a),
+    )
+    if names_a is not None and names_between is not None:
+        named = names_between[(a @ names_a.T).argmax(dim=1)]
         scores["closed cascade"] = (
-            closed_cascade(audio, names_audio_space, names_image_space, image),
-            closed_cascade(image, names_image_space, names_audio_space, audio),
+            one_way_bridge(named, *second, b),
+            closed_cascade(carried_b, names_between, names_a, a),
         )
     return scores
+
+
+def _carried(a: torch.Tensor, text_a: torch.Tensor, text_b: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Carry every row of a over the texts into space B, to unit length."""
+    _check_positive("temperature", temperature)
+    carried = torch.empty(len(a), text_b.shape[1], dtype=text_b.dtype, device=text_b.device)
+    for rows in _blocks(len(a), len(text_a) * a.element_size()):
+        carried[rows] = _softmax_(a[rows] @ text_a.T, temperature) @ text_b
+    return normalize(carried, dim=-1)
 
 
 def _checked(

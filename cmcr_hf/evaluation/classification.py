@@ -2,35 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import normalize
 
-from .retrieval import pair_retrieval
+from .retrieval import check_cutoffs, check_scores, gold_places
 
 
 def top_k_accuracy(
     scores: torch.Tensor, labels: Sequence[int] | torch.Tensor, ks: Sequence[int] = (1, 3, 5)
 ) -> dict[str, float]:
-    """Measure how often the true class is among the k best ones.
+    """Measure how often the true class is among the k best ones: the means of [`top_k_hits`], in [0, 1]."""
+    return {name: hits.mean().item() for name, hits in top_k_hits(scores, labels, ks).items()}
 
-    Ties count as in [`pair_retrieval`]: classes with equal scores have no order, so each value is its exact
-    expectation over a random one, and constant scores over m classes give k / m.
+
+def top_k_hits(
+    scores: torch.Tensor, labels: Sequence[int] | torch.Tensor, ks: Sequence[int] = (1, 3, 5)
+) -> dict[str, torch.Tensor]:
+    """Return of every item the probability that its true class is among the k best ones.
+
+    Classes with equal scores have no order, so each value is the exact expectation over a random one, and constant
+    scores over m classes give k / m.
 
     Args:
-        scores: `(n, classes)`, larger is better; infinities are allowed.
-        labels: n indices of true classes.
+        scores: `(items, classes)`, larger is better; infinities are allowed.
+        labels: index of the true class of each item.
         ks: cut-offs between 1 and the number of classes.
 
     Returns:
-        "top-k" for every k, in [0, 1].
+        "top-k" for every k, `(items,)` float64.
 
     Raises:
         ValueError: NaN scores, sizes that do not fit, a label or a cut-off outside of the classes.
     """
-    metrics = pair_retrieval(scores, torch.as_tensor(labels), ks)
-    return {f"top-{k}": metrics[f"R@{k}"] for k in ks}
+    better, ties = gold_places(scores, torch.as_tensor(labels))
+    check_cutoffs(ks, scores.shape[1])
+    return {f"top-{k}": ((k - better) / (ties + 1)).clamp(0, 1) for k in ks}
+
+
+def top_1_hits(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
+    """Return of every item the probability that its best class is one of its own, ties as for [`top_k_hits`].
+
+    Args:
+        scores: `(items, classes)`.
+        relevant: the same shape, bool: whether the item has the class; an item may have none, and is never hit then.
+    """
+    best = scores == scores.amax(1, keepdim=True)
+    return (best & relevant).sum(1).double() / best.sum(1)
+
+
+def class_accuracy(hits: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return the mean of the hits of every class's items: `(classes,)` float64, NaN for a class of no item.
+
+    Without ties, the mean over the classes is scikit-learn's `balanced_accuracy_score`.
+    """
+    sums = torch.zeros(classes, dtype=torch.float64, device=hits.device).index_add_(0, labels, hits.double())
+    return sums / torch.bincount(labels, minlength=classes)
+
+
+def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
+    """Return how well every class ranks the items that have it: `(classes,)` float64, NaN for a class of no item.
+
+    The sum over the distinct scores of a class, best first, of the precision so far times the recall that is gained:
+    the definition of scikit-learn's `average_precision_score`, whose mean over the classes is the mAP of AudioSet.
+    Items with equal scores enter together, so that constant scores give the share of the items that have the class.
+
+    Args:
+        scores: `(items, classes)`, larger is better; infinities are allowed.
+        relevant: the same shape, bool: whether the item has the class.
+
+    Raises:
+        ValueError: NaN scores, or shapes that do not fit.
+    """
+    return average_precision_of_draws(scores, relevant)(torch.arange(len(scores), device=scores.device))
+
+
+def average_precision_of_draws(scores: torch.Tensor, relevant: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what gives [`average_precision`] of drawn items, from their indices, with the scores ranked only once."""
+    check_scores(scores)
+    if relevant.shape != scores.shape or relevant.dtype != torch.bool:
+        raise ValueError(
+            f"Got relevant of shape {tuple(relevant.shape)} and type {relevant.dtype}, expected bool of shape "
+            f"{tuple(scores.shape)}; pass whether each item has each class."
+        )
+    ranked = []
+    for column, has in zip(scores.T, relevant.T, strict=True):
+        having = has.nonzero()[:, 0]
+        having = having[column[having].argsort(descending=True)]
+        thresholds = -column[having]
+        # Of each item the first of those with the class that is not better, of each of these the last that ties.
+        first = torch.searchsorted(thresholds, -column).int()
+        ranked.append((first, having, torch.searchsorted(thresholds, thresholds, right=True) - 1))
+
+    def precision(drawn: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(drawn, minlength=len(scores)).double()
+        values = []
+        for first, having, last in ranked:
+            items = torch.bincount(first, counts, minlength=len(having) + 1).cumsum(0)[:-1]
+            own = counts[having]
+            found = own.cumsum(0)[last]
+            # Where nothing was drawn so far, nothing counts.
+            values.append((own * found / items.clamp(min=1)).sum() / own.sum())
+        return torch.stack(values)
+
+    return precision
 
 
 def class_embeds(prompt_embeds: torch.Tensor, labels: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:

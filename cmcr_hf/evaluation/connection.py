@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling.modeling_cmcr import CMCRConnector
-from .baselines import baseline_scores
+from .baselines import baseline_scores, linear_map, two_hop_scores
 from .classification import top_k_accuracy
 from .retrieval import chance, label_retrieval
 
 # By direction, such as {"audio_to_image": {"P@1": ...}, "image_to_audio": {...}}
 Metrics = dict[str, dict[str, float]]
 CLASSIFICATION = "zero-shot classification"
+# The name of a connection's row in a table, by its objective.
+ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR", "bridge-distillation": "bridge distillation"}
 
 
 @dataclass
@@ -34,7 +36,10 @@ class RetrievalSet:
     Args:
         query, gallery: sides of different spaces; both directions are measured, this one first.
         query_bank, gallery_bank: `(overlap items, dim)`, the same items row by row in the space of each side.
-        query_names, gallery_names: `(classes, dim)`, a phrase a class, for the closed cascade.
+        between: where the sides share no modality, but each one with a space between them: the items of `query_bank`
+            and those of `gallery_bank`, row by row in that space. The banks are then of different items.
+        query_names, gallery_names: `(classes, dim)`, a phrase a class, for the closed cascade; the latter in the space
+            between, where there is one.
         classify: the gallery is one phrase a class: measure whether the right one comes first, instead of retrieval.
     """
 
@@ -42,6 +47,7 @@ class RetrievalSet:
     gallery: Side
     query_bank: torch.Tensor
     gallery_bank: torch.Tensor
+    between: tuple[torch.Tensor, torch.Tensor] | None = None
     query_names: torch.Tensor | None = None
     gallery_names: torch.Tensor | None = None
     classify: bool = False
@@ -123,16 +129,25 @@ def _cut_offs(query_labels: Sequence[str], gallery_labels: Sequence[str]) -> tup
 def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
     """Return the metrics of chance and of every baseline (see `baseline_scores`) on all sets, by name."""
     table: dict[str, Metrics] = {"chance": {}}
+    fitted: dict[tuple[int, int], torch.nn.Linear] = {}
+
+    def linear(bank: torch.Tensor, other: torch.Tensor) -> torch.nn.Linear:
+        # Sets share their banks, and it takes seconds.
+        key = (id(bank), id(other))
+        if key not in fitted:
+            fitted[key] = linear_map(bank, other)
+        return fitted[key]
+
     for part in sets:
         table["chance"] |= part.chance()
-        scores = baseline_scores(
-            part.query.embeds,
-            part.gallery.embeds,
-            part.query_bank,
-            part.gallery_bank,
-            part.query_names,
-            part.gallery_names,
-        )
+        names = (part.query_names, part.gallery_names)
+        if part.between is None:
+            banks = (part.query_bank, part.gallery_bank)
+            scores = baseline_scores(part.query.embeds, part.gallery.embeds, *banks, *names, linear=linear(*banks))
+        else:
+            first, second = (part.query_bank, part.between[0]), (part.between[1], part.gallery_bank)
+            layers = (linear(*first), linear(*second[::-1]))
+            scores = two_hop_scores(part.query.embeds, first, second, part.gallery.embeds, *names, linear=layers)
         for name, (there, back) in scores.items():
             table.setdefault(name, {}).update(part.metrics(there, back))
     return table
@@ -167,13 +182,17 @@ def mean_and_spread(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
 
 
 def format_table(table: dict[str, Metrics], spread: dict[str, Metrics] | None = None) -> str:
-    """Lay out metrics by method as text, two directions side by side, the standard deviation behind those with one."""
+    """Lay out metrics by method as text, two directions side by side, the standard deviation behind those with one.
+
+    Under the directions stand the methods that they were measured of.
+    """
     directions = list(next(iter(table.values())))
     pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
     return "\n\n".join(_format_directions(table, spread or {}, pair) for pair in pairs)
 
 
 def _format_directions(table: dict[str, Metrics], spread: dict[str, Metrics], directions: Sequence[str]) -> str:
+    table = {name: metrics for name, metrics in table.items() if set(directions) <= metrics.keys()}
     width = max(len(name) for name in table)
     blocks = []
     for direction in directions:

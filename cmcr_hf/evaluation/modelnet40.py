@@ -6,20 +6,18 @@ the authors of PointNet (1612.00593) drew from these. Neither comes with this pa
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.point_cloud_loading_cmcr import load_point_cloud
-from ..modeling.processing_cmcr import CMCRProcessor
-from .classification import class_embeds, top_k_accuracy
+from ..training.data import Item, Items, RemoteFile
+from .labelled import LabelledSet
 
 # In the order of the data set's labels.
 CLASSES = (
@@ -56,68 +54,20 @@ _SOURCES = (
 )
 
 
-@dataclass
-class ModelNet40Split:
-    """The clouds of a split, read one by one: `(key, cloud (points, 3) float32, index of its class in CLASSES)`."""
-
-    length: int
-    read: Callable[[], Iterator[tuple[str, np.ndarray, int]]]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray, int]]:
-        return self.read()
-
-
-def class_prompts(name: str) -> list[str]:
-    """Return the sentences for a class, one a template."""
-    return [template.format(name.replace("_", " ")) for template in TEMPLATES]
-
-
-@torch.inference_mode()
-def zero_shot_metrics(
-    model: CMCRModel,
-    processor: CMCRProcessor,
-    clouds: ModelNet40Split,
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Classify clouds by the mean embedding of each class's prompts: `{"top-1", "top-3", "top-5"}`, in [0, 1].
-
-    Args:
-        batch_size: clouds embedded at once.
-    """
-    prompts = []
-    for name in tqdm(CLASSES, desc="prompts", unit="class", disable=not progress):
-        inputs = processor(text=class_prompts(name)).to(model.device)
-        prompts.append(model.get_text_features(**inputs).pooler_output.float())
-    classes = class_embeds(torch.stack(prompts))
-    scores, labels = [], []
-    rows = iter(clouds)
-    with tqdm(total=len(clouds), desc="point clouds", unit="cloud", disable=not progress) as bar:
-        while batch := list(itertools.islice(rows, batch_size)):
-            inputs = processor(point_clouds=[cloud for _, cloud, _ in batch]).to(model.device)
-            embeds = model.get_point_cloud_features(**inputs).pooler_output.float()
-            scores.append((embeds @ classes.T).cpu())
-            labels += [label for _, _, label in batch]
-            bar.update(len(batch))
-    return top_k_accuracy(torch.cat(scores), labels)
-
-
 def load_modelnet40(
-    folder: str | Path, split: str = "test", *, max_points: int = 10_000, seed: int = 0
-) -> ModelNet40Split:
+    folder: str | Path, split: str = "test", *, max_points: int = 10_000, seed: int = 0, limit: int | None = None
+) -> LabelledSet:
     """Open a split of ModelNet40 in either of its published layouts, told apart by what is in the folder.
 
     Clouds are moved to their centroid and scaled to a largest norm of 1, with y up, as ULIP's are. The .h5 files come
-    so; the .off files have z up and are turned, and points are drawn from their surfaces.
+    so; the .off files have z up and are turned, and points are drawn from their surfaces. A cloud is read and moved
+    when its item is.
 
     Args:
         split: `test` (2468 objects) or `train` (9843, of which the .h5 files hold 9840).
         max_points: drawn from a mesh, or from a cloud with more.
         seed: of what is drawn.
+        limit: take so many at most, from the start.
 
     Raises:
         ValueError: the folder holds neither layout, lacks a class, or a file is damaged; names it. Damages of a cloud
@@ -128,8 +78,19 @@ def load_modelnet40(
     if split not in ("train", "test"):
         raise ValueError(f"Expected the split 'train' or 'test' of ModelNet40, got {split!r}.")
     options = {"max_points": max_points, "seed": seed}
-    if (folder / "shape_names.txt").is_file():
-        return _open_h5(folder, split, options)
+    open_layout = _open_h5 if (folder / "shape_names.txt").is_file() else _open_meshes
+    items = open_layout(folder, split, options)[:limit]
+    return LabelledSet(
+        name="ModelNet40",
+        items=Items.made("point_cloud", items, f"normalised, y up, {options}"),
+        classes=list(CLASSES),
+        words=[[name.replace("_", " ")] for name in CLASSES],
+        labels=[[CLASSES.index(str(item.label))] for item in items],
+        licence="for academic use, the models their authors'",
+    )
+
+
+def _open_meshes(folder: Path, split: str, options: dict[str, int]) -> list[Item]:
     files = {name: sorted((folder / name / split).glob("*.off")) for name in CLASSES}
     missing = [name for name, found in files.items() if not found]
     if missing:
@@ -138,16 +99,18 @@ def load_modelnet40(
             f"such as {missing[0]!r}. It has to hold {_SOURCES.format(split)}: download and unpack one of the two."
         )
 
-    def read() -> Iterator[tuple[str, np.ndarray, int]]:
-        for label, name in enumerate(CLASSES):
-            for path in files[name]:
-                x, y, z = load_point_cloud(path, normalize=True, **options).T
-                yield path.relative_to(folder).as_posix(), np.stack([x, z, -y], axis=1), label
+    def read(path: Path) -> bytes:
+        x, y, z = load_point_cloud(path, normalize=True, **options).T
+        return _npy(np.stack([x, z, -y], axis=1))
 
-    return ModelNet40Split(sum(map(len, files.values())), read)
+    return [
+        Item(path.relative_to(folder).as_posix(), RemoteFile(str(path), partial(read, path)), name)
+        for name in CLASSES
+        for path in files[name]
+    ]
 
 
-def _open_h5(folder: Path, split: str, options: dict[str, int]) -> ModelNet40Split:
+def _open_h5(folder: Path, split: str, options: dict[str, int]) -> list[Item]:
     names = _lines(folder / "shape_names.txt", split)
     if names != list(CLASSES):
         raise ValueError(
@@ -160,19 +123,27 @@ def _open_h5(folder: Path, split: str, options: dict[str, int]) -> ModelNet40Spl
         raise ValueError(
             f"Expected the names of .h5 files in {folder / f'{split}_files.txt'}, got none. Unpack it anew."
         )
-    labels = [_h5_labels(path) for path in paths]
+    # Rows are stored in compressed blocks of many, and asked for one by one.
+    block = lru_cache(maxsize=2)(_h5_clouds)
 
-    def read() -> Iterator[tuple[str, np.ndarray, int]]:
-        for path, classes in zip(paths, labels, strict=True):
-            for start in range(0, len(classes), _ROWS):
-                for row, cloud in enumerate(_h5_clouds(path, start), start):
-                    try:
-                        cloud = load_point_cloud(cloud, normalize=True, **options)
-                    except ValueError as error:
-                        raise ValueError(f"Row {row} of {path}: {error}") from error
-                    yield f"{path.stem}/{row:04}", cloud, int(classes[row])
+    def read(path: Path, row: int) -> bytes:
+        cloud = block(path, row - row % _ROWS)[row % _ROWS]
+        try:
+            return _npy(load_point_cloud(cloud, normalize=True, **options))
+        except ValueError as error:
+            raise ValueError(f"Row {row} of {path}: {error}") from error
 
-    return ModelNet40Split(sum(map(len, labels)), read)
+    return [
+        Item(f"{path.stem}/{row:04}", RemoteFile(str(path), partial(read, path, row)), CLASSES[label])
+        for path in paths
+        for row, label in enumerate(_h5_labels(path).tolist())
+    ]
+
+
+def _npy(cloud: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, cloud)
+    return buffer.getvalue()
 
 
 def _lines(path: Path, split: str) -> list[str]:

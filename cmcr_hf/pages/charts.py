@@ -271,7 +271,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         every = math.ceil(len(points) / CURVE_POINTS)
         first, last = points[0], points[-1]
         points = sorted({*points[::every], last})
-        top = _ceiling(max(value for _, value in points))
+        top = ceiling(max(value for _, value in points))
         right = max(last[0], 1)
         spots = [(round(46 + 290 * step / right, 1), round(150 - 130 * value / top, 1)) for step, value in points]
         drawn.append(
@@ -280,7 +280,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return drawn
 
 
-def _ceiling(value: float) -> float:
+def ceiling(value: float) -> float:
     """Return the next round number: 1, 2 or 5 times a power of ten."""
     if value <= 0:
         return 1.0

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..evaluation.connection import CLASSIFICATION, Metrics, RetrievalSet
+from ..evaluation.baselines import TRAINING_FREE
+from ..evaluation.connection import CLASSIFICATION, ROWS, Metrics, RetrievalSet
 from ..modeling.modeling_cmcr import CMCRConnector
 from ..training.data import Item
 from ..training.recipe import Recipe
@@ -26,18 +27,22 @@ NOUNS = {
     "point_cloud": ("point cloud", "point clouds"),
 }
 
-TRAINING_FREE = ("one-way bridge", "two-way bridge", "posterior matching")
 # What stands behind a row's name, up to a comma; {bank} is what connects.
 METHODS = {
     "chance": ("reference", "a random ranking, its exact expectation"),
     "unconnected": ("no training", "cosine between the source spaces as if they were one"),
     "ridge": ("fitted on {bank}", "the linear map that carries the {bank} of one space onto those of the other"),
     "procrustes": ("fitted on {bank}", "the rotation that does"),
+    "linear map": ("trained on {bank}", "one linear layer, trained by InfoNCE to find one space's in the other's"),
     "one-way bridge": ("no training", "the query becomes a mixture of the {bank} that are nearest to it"),
     "two-way bridge": ("no training", "the mean of that from both sides"),
     "posterior matching": ("no training", "the probability that both sides draw the same of the {bank}"),
     "closed cascade": ("knows the classes", "the query is named first, out of the names of the test classes alone"),
     "C-MCR": ("trained", "this connection: two small projectors, no {bank} at the query"),
+    "Ex-MCR": (
+        "trained",
+        "this connection: CLIP as it is, a small projector a space beside it, no {bank} at the query",
+    ),
     "null": ("reference", "the same training with the {bank} of both spaces paired across concepts"),
 }
 
@@ -52,7 +57,7 @@ def write_report(
     *,
     spread: Mapping[str, Metrics] | None = None,
     data: Sequence[Mapping[str, Any]] = (),
-    history: Sequence[Mapping[str, Any]] = (),
+    histories: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     command: str | None = None,
 ) -> None:
     """Write what a connection found as one HTML file of bounded size that needs no network.
@@ -63,10 +68,11 @@ def write_report(
         connector: trained, in eval mode.
         sets: what was measured; the page draws the first, whose two sides are retrieved from each other.
         media: by modality the items behind the rows of the sets; texts and files are shown.
-        table: metrics by method, as `baseline_metrics` and `connector_metrics` give them, with a row `C-MCR`.
+        table: metrics by method, as `baseline_metrics` and `connector_metrics` give them, with a row of the
+            connection, by the name that `ROWS` gives its objective.
         spread: standard deviations of the rows that are means of several runs.
         data: rows of `name`, `role`, `rows`, `licence`.
-        history: Trainer's log with the terms of the loss.
+        histories: Trainer's logs with the terms of the loss, by the space that is connected with CLIP.
         command: what made the results.
     """
     sides = {"query": sets[0].query, "gallery": sets[0].gallery}
@@ -79,9 +85,16 @@ def write_report(
     classes = sorted(set(labels["query"]))
     source = {role: side.embeds.float().cpu() for role, side in sides.items()}
     modalities = {role: side.modality for role, side in sides.items()}
-    modalities |= {"bank": recipe.overlap, "leaf": recipe.leaves["clip"]}
+    bridges = recipe.bridges
+    # Where both sides are leaves of spaces that were connected with CLIP, they are what no training paired.
+    leaf = bridges[0].leaves["clip"] if len(bridges) == 1 else modalities["gallery"]
     items = {role: media[side.modality] for role, side in sides.items()}
-    one, many = ({role: NOUNS[name][number] for role, name in modalities.items()} for number in (0, 1))
+    one, many = (
+        {role: NOUNS[name][number] for role, name in {**modalities, "leaf": leaf}.items()} for number in (0, 1)
+    )
+    many["bank"] = " and ".join(NOUNS[bridge.overlap][1] for bridge in bridges)
+    row = ROWS[recipe.objective]
+    logs = [(space, log) for space, log in (histories or {}).items() if log]
     directions = list(next(iter(table.values())))
     context = {
         "recipe": recipe,
@@ -103,18 +116,25 @@ def write_report(
         "ways": {direction: _way(direction) for direction in directions},
         "classified": CLASSIFICATION in directions,
         "methods": {name: tuple(part.format(bank=many["bank"]) for part in parts) for name, parts in METHODS.items()},
-        "verdict": _verdict(table, spread or {}),
+        "row": row,
+        "verdict": _verdict(table, spread or {}, row),
         "tables": [_metric_table(table, spread or {}, direction) for direction in directions],
         "heat": heat_map(projected, labels, classes),
         "maps": maps(source, projected, labels, classes),
         "gap": gap(source, projected, labels, classes),
-        "curves": curves(history),
-        "validation": {
-            name.removeprefix("eval_"): value
-            for entry in history
-            for name, value in entry.items()
-            if name == "eval_loss" or (name.startswith("eval_") and "_R@" in name)
-        },
+        "trainings": [
+            {
+                "space": space.upper() if len(bridges) > 1 else None,
+                "curves": curves(log),
+                "validation": {
+                    name.removeprefix("eval_"): value
+                    for entry in log
+                    for name, value in entry.items()
+                    if name == "eval_loss" or (name.startswith("eval_") and "_R@" in name)
+                },
+            }
+            for space, log in logs
+        ],
         "queries": _queries(projected, labels, items, modalities),
         "files": {role: any(item.value is not None for item in part) for role, part in items.items()},
         "limits": {
@@ -138,15 +158,15 @@ def _row(table: Mapping[str, Any], method: str) -> str | None:
     return next((name for name in table if name.split(",")[0] == method), None)
 
 
-def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics]) -> list[dict[str, Any]]:
+def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics], row: str) -> list[dict[str, Any]]:
     """Compare the connection's mAP, or its top-1, with the best training-free row and the null, by direction."""
-    connection, null = _row(table, "C-MCR"), _row(table, "null")
+    connection, null = _row(table, row), _row(table, "null")
     if connection is None:
-        raise ValueError(f"Got the methods {', '.join(table)}, expected C-MCR among them. Pass its metrics in table=.")
+        raise ValueError(f"Got the methods {', '.join(table)}, expected {row} among them. Pass its metrics in table=.")
     verdict = []
     for direction in table[connection]:
         metric = "top-1" if direction == CLASSIFICATION else "mAP"
-        rows = {name: row[direction][metric] for name, row in table.items()}
+        rows = {name: row[direction][metric] for name, row in table.items() if direction in row}
         best = max((name for name in TRAINING_FREE if name in table), key=lambda name: rows[name])
         value, rival = rows[connection], rows[best]
         deviation = spread[connection][direction][metric] if connection in spread else None
@@ -171,9 +191,10 @@ def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics]) -> lis
 
 def _metric_table(table: Mapping[str, Metrics], spread: Mapping[str, Metrics], direction: str) -> dict[str, Any]:
     metrics = list(table["chance"][direction])
-    best = {metric: max(row[direction][metric] for row in table.values()) for metric in metrics}
+    measured = {name: row for name, row in table.items() if direction in row}
+    best = {metric: max(row[direction][metric] for row in measured.values()) for metric in metrics}
     rows = []
-    for name, row in table.items():
+    for name, row in measured.items():
         cells = [
             {
                 "value": row[direction][metric],

@@ -73,7 +73,51 @@ class Items:
 
     def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path, *, strict: bool = True) -> None:
         self.modality = modality
-        self._parts = [_read(spec, modality, root, strict) for spec in specs]
+        self._parts: list[_Listed | _Stream | _Made] = [_read(spec, modality, root, strict) for spec in specs]
+
+    @classmethod
+    def listed(
+        cls,
+        modality: str,
+        names: Sequence[str],
+        folder: Path | None = None,
+        *,
+        keys: Sequence[str] | None = None,
+        labels: Sequence[str | None] | None = None,
+    ) -> Items:
+        """Return the items that a list names: texts, or files by their paths below a folder.
+
+        Args:
+            keys: of the items; by default the names of files, the places of texts.
+            labels: classes of the items, where they have any.
+
+        Raises:
+            ValueError: there are none, or a file is not there.
+        """
+        given = keys or (names if folder else [f"{row:06}" for row in range(len(names))])
+        entry = _Listed(list(given), list(names), list(labels or []), folder)
+        if not entry:
+            raise ValueError(f"There are no {modality} items in the list. Name at least one.")
+        entry.fingerprint = _fingerprint(entry, modality, strict=True)
+        items = cls([], modality, Path())
+        items._parts = [entry]
+        return items
+
+    @classmethod
+    def made(cls, modality: str, items: Sequence[Item], version: str) -> Items:
+        """Return items that are made of local files when they are read, such as the rows of an archive.
+
+        Args:
+            items: each with a path, or a [`RemoteFile`] that names the file it is made of.
+            version: of how they are made, which counts as the size and the change time of the files do.
+        """
+        digest = hashlib.sha256(version.encode())
+        for item in items:
+            status = os.stat(item.value.path if isinstance(item.value, RemoteFile) else item.value)
+            digest.update(json.dumps([item.key, item.label, status.st_size, status.st_mtime_ns]).encode())
+        made = cls([], modality, Path())
+        made._parts = [_Made(items, digest.hexdigest())]
+        return made
 
     @property
     def fingerprint(self) -> str:
@@ -143,6 +187,24 @@ class _Listed:
         """Keep so many of the items, from the start."""
         if limit is not None:
             self.keys, self.names, self.labels = self.keys[:limit], self.names[:limit], self.labels[:limit]
+
+
+@dataclass
+class _Made:
+    """Items that the caller makes."""
+
+    items: Sequence[Item]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def read(self, first: int, stop: int, start: int = 0) -> Iterator[Item]:
+        """Yield the items of a stretch, from a place in it on."""
+        return iter(self.items[first + start : stop])
 
 
 def _list_address(spec: DataSpec, modality: str) -> _Listed:
@@ -252,17 +314,25 @@ class _Stream:
             if spec.where and any(str(self._cell(row, column)) not in kept for column, kept in spec.where.items()):
                 continue
             label = _label(self._cell(row, spec.label)) if spec.label else None
-            for column in self._columns:
-                value = self._cell(row, column)
+            place = index if self.files == 1 else f"{file}-{index}"
+            for name, value in self._values(row):
                 if _is_empty(value):
                     continue
                 count += 1
                 if count > start:
-                    place = index if self.files == 1 else f"{file}-{index}"
-                    key = f"{spec.dataset}/{spec.split}/{place}/{column}"
+                    key = f"{spec.dataset}/{spec.split}/{place}/{name}"
                     yield Item(key, _text(spec, value, key) if self._modality == "text" else _located(value), label)
                 if count == spec.limit:
                     return
+
+    def _values(self, row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the cells of a row, of a list of texts each one."""
+        for column in self._columns:
+            cell = self._cell(row, column)
+            if self._modality == "text" and isinstance(cell, list):
+                yield from ((f"{column}/{place}", text) for place, text in enumerate(cell))
+            else:
+                yield column, cell
 
     def _named(self, rows: Iterable[dict[str, Any]], file: int) -> Iterator[dict[str, Any]]:
         """Yield rows, and name the file in what the many readers behind `datasets` raise of a damaged one."""
@@ -336,6 +406,11 @@ def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | 
     if not listed:
         place = _below(root, str(spec.folder or spec.table))
         raise ValueError(f"There are no {modality} items in {place}. Check the path, pattern, column and where.")
+    listed.fingerprint = _fingerprint(listed, modality, strict)
+    return listed
+
+
+def _fingerprint(listed: _Listed, modality: str, strict: bool) -> str:
     digest = hashlib.sha256()
     # Without a Path for each: pathlib interns the parts of their names, in a table that does not shrink.
     for key, name, label in zip(listed.keys, listed.names, listed.labels or itertools.repeat(None), strict=False):
@@ -354,8 +429,7 @@ def _read(spec: DataSpec, modality: str, root: Path, strict: bool) -> _Listed | 
         elif listed.folder is not None:
             content = f"{listed.folder}/{name}"
         digest.update(json.dumps([key, label, content]).encode())
-    listed.fingerprint = digest.hexdigest()
-    return listed
+    return digest.hexdigest()
 
 
 def _below(root: Path, name: str) -> Path | str:

@@ -35,7 +35,7 @@ class UnpairedDataset(Dataset[dict[str, Any]]):
     @property
     def nbytes(self) -> int:
         """The bytes of all embeddings and posteriors."""
-        return sum(part.nbytes for part in (*self.items.values(), *self.told))
+        return sum(rows.nbytes for rows in self.items.values()) + sum(part.nbytes for part in self.told)
 
     def to(self, device: torch.device | str) -> UnpairedDataset:
         """Return the data set with everything on a device."""

@@ -161,7 +161,10 @@ def choose_temperatures(
     ranks = torch.stack([_log_ranks(a @ b.T) for a, b in itertools.product(*parts)])
     worse = ranks - ranks[ranks.mean(dim=1).argmin()]
     fit = worse.mean(dim=1) <= worse.std(dim=1) / probes**0.5
-    return min((pair for pair, fits in zip(pairs, fit.tolist(), strict=True) if fits), key=math.prod)
+    temperature_a, temperature_b = min(
+        (pair for pair, fits in zip(pairs, fit.tolist(), strict=True) if fits), key=math.prod
+    )
+    return temperature_a, temperature_b
 
 
 def _log_ranks(scores: Tensor) -> Tensor:

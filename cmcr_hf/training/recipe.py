@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,17 @@ DATA_OPTIONS: dict[str, set[str]] = {
     "dataset": {"column", "config", "split", "revision", "data_files", "label", "where"},
     "stores": set(),
 }
-# The counts of the synthetic world that a recipe may ask for, by the space that CLIP is connected with.
-WORLD_COUNTS = {
-    "clap": ("images", "sounds", "texts", "test_images", "test_sounds"),
-    "ulip": ("images", "clouds", "texts", "test_images", "test_clouds", "test_texts"),
+# The counts of the synthetic world that a recipe may ask for, by the spaces that CLIP is connected with.
+WORLD_COUNTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("clap",): ("images", "sounds", "texts", "test_images", "test_sounds"),
+    ("ulip",): ("images", "clouds", "texts", "test_images", "test_clouds", "test_texts"),
+    ("clap", "ulip"): (
+        *("images", "sounds", "clouds", "texts"),
+        *("test_images", "test_sounds", "test_clouds", "test_texts"),
+    ),
 }
+# What a space is connected with CLIP through, where a recipe does not say.
+OVERLAPS = {"clap": "text", "ulip": "image"}
 MODALITIES = ("text", "image", "audio", "point_cloud")
 # What no recipe comes near: beyond it, a file is another one or means harm.
 MAX_BYTES = 2**20
@@ -147,7 +153,7 @@ class TrainSpec:
 
 @dataclass
 class EvaluateSpec:
-    """Held-back items with classes: sounds or point clouds, and the images or texts to retrieve them with.
+    """Held-back items with classes: sounds, point clouds or both, and the images or texts to retrieve them with.
 
     Args:
         names: a phrase or several for each class: for the closed cascade of sounds, and for the zero-shot
@@ -174,15 +180,50 @@ class EvaluateSpec:
         return [modality for modality in MODALITIES if getattr(self, modality) is not None]
 
 
-@dataclass
-class Recipe:
-    """A whole connection: of CLIP with CLAP through texts, or with ULIP through images.
+@dataclass(frozen=True)
+class Bridge:
+    """How CLIP is connected with another space.
 
     Args:
-        sources: `clip`, and `clap` or `ulip`.
-        text, image, audio, point_cloud: data. That of the overlap modality is embedded in both spaces and connects
-            them; the two leaf modalities are the memories. A connection takes three of the four.
+        space: the other one.
+        overlap: the modality that both share and that connects them.
+        pools: the modalities, of the overlap and the two leaves, that the pools of the training are centred on.
+    """
+
+    space: str
+    overlap: str
+    pools: tuple[str, ...]
+
+    @property
+    def spaces(self) -> tuple[str, str]:
+        """CLIP and the other space."""
+        return ("clip", self.space)
+
+    @property
+    def leaves(self) -> dict[str, str]:
+        """The modality that is left to each space, for which the overlap gets pseudo embeddings."""
+        from ..modeling.configuration_cmcr import LEAF_MODALITIES
+
+        return {space: LEAF_MODALITIES[space, self.overlap] for space in self.spaces}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The overlap and the leaf modalities."""
+        return (self.overlap, *self.leaves.values())
+
+
+@dataclass
+class Recipe:
+    """A whole connection: of CLIP with CLAP through texts, with ULIP through images, or, by `ex-mcr`, with both.
+
+    Args:
+        sources: `clip`, and `clap`, `ulip` or both.
+        text, image, audio, point_cloud: data. That of an overlap modality is embedded in both spaces and connects
+            them; the leaf modalities are the memories. A connection of two spaces takes three of the four.
         connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
+        pools: the modalities that the training data is centred on: every item of one is a training row, which gets
+            pseudo embeddings of the other three kinds. The overlap alone by default; under `ex-mcr` all, as its paper;
+            `bridge-distillation` has none, since it trains on the items of the memories themselves.
         aggregate_temperature: tau_1 of equation 1.
         world: counts of the synthetic world that is written for this recipe.
         licence: of the projectors that come of it, one of the Hub's identifiers such as `apache-2.0`.
@@ -196,6 +237,7 @@ class Recipe:
     point_cloud: list[DataSpec] = field(default_factory=list)
     description: str = ""
     connector: dict[str, Any] = field(default_factory=dict)
+    pools: list[str] | None = None
     aggregate_temperature: float = 0.01
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec | None = None
@@ -206,9 +248,9 @@ class Recipe:
         # It names the output folder and the repository of the card.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"expected name of letters, digits, '-', '_' and '.', got {self.name!r}.")
-        if set(self.sources) not in ({"clip", "clap"}, {"clip", "ulip"}):
+        if set(self.sources) not in ({"clip", *others} for others in WORLD_COUNTS):
             raise ValueError(
-                "expected the sources clip and clap, or clip and ulip, got "
+                "expected the sources clip and clap, clip and ulip, or all three, got "
                 f"{', '.join(sorted(self.sources)) or 'none'}."
             )
         if not 0 < self.aggregate_temperature < math.inf:
@@ -225,54 +267,98 @@ class Recipe:
         self.connector = {
             name: _build(hints[name], value, f"connector.{name}") for name, value in self.connector.items()
         }
-        bridges = self.connector.get("bridges")
-        if bridges is not None and (len(bridges) != 1 or not _is_bridge(bridges[0], self.sources)):
-            raise ValueError(f"expected connector.bridges as one [clip, {self.other}, MODALITY], got {bridges!r}.")
+        if len(self.others) > 1 and self.objective != "ex-mcr":
+            raise ValueError(
+                f"expected the objective ex-mcr for three spaces, got {self.objective}, which would train one CLIP "
+                "projector for both connections. Set connector.objective, or connect CLIP with each space by itself."
+            )
+        self._check_bridges()
         self._check_data()
-        _check_keys(self.world or {}, WORLD_COUNTS[self.other], "world")
+        _check_keys(self.world or {}, WORLD_COUNTS[tuple(self.others)], "world")
 
     @property
-    def other(self) -> str:
-        """The space that CLIP is connected with."""
-        return next(space for space in self.sources if space != "clip")
+    def objective(self) -> str:
+        """What the projectors are trained for."""
+        return str(self.connector.get("objective", "c-mcr"))
 
     @property
-    def overlap(self) -> str:
-        """The modality that both spaces share and that connects them."""
+    def others(self) -> list[str]:
+        """The spaces that CLIP is connected with."""
+        return [space for space in OVERLAPS if space in self.sources]
+
+    @property
+    def spaces(self) -> list[str]:
+        """CLIP and the spaces that it is connected with."""
+        return ["clip", *self.others]
+
+    @property
+    def bridges(self) -> list[Bridge]:
+        """What connects CLIP with each other space."""
+        overlaps = OVERLAPS | {bridge[1]: bridge[2] for bridge in self.connector.get("bridges") or []}
+        bridges = []
+        for space in self.others:
+            bridge = Bridge(space, overlaps[space], ())
+            default = bridge.modalities if self.objective == "ex-mcr" else (bridge.overlap,)
+            pools = default if self.pools is None else self.pools
+            bridges.append(replace(bridge, pools=tuple(name for name in bridge.modalities if name in pools)))
+        return bridges
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of the training data: those that connect, then the others."""
+        bridges = self.bridges
+        overlaps = [bridge.overlap for bridge in bridges]
+        return list(dict.fromkeys([*overlaps, *(name for bridge in bridges for name in bridge.leaves.values())]))
+
+    def spaces_of(self, modality: str) -> list[str]:
+        """Return the spaces that the training data of a modality is embedded in."""
+        pairs = {
+            (space, name)
+            for bridge in self.bridges
+            for space, leaf in bridge.leaves.items()
+            for name in (bridge.overlap, leaf)
+        }
+        return [space for space in self.spaces if (space, modality) in pairs]
+
+    def _check_bridges(self) -> None:
         bridges = self.connector.get("bridges")
-        default = {"clap": "text", "ulip": "image"}[self.other]
-        return str(bridges[0][2]) if bridges else default
-
-    @property
-    def leaves(self) -> dict[str, str]:
-        """The modality that is left to each space, for which the overlap gets pseudo embeddings."""
-        from ..modeling.configuration_cmcr import LEAF_MODALITIES
-
-        return {space: LEAF_MODALITIES[space, self.overlap] for space in ("clip", self.other)}
+        if bridges is not None and not (
+            all(_is_bridge(bridge, self.sources) for bridge in bridges)
+            and sorted(bridge[1] for bridge in bridges) == sorted(self.others)
+        ):
+            each = " and one ".join(f"[clip, {space}, MODALITY]" for space in self.others)
+            raise ValueError(f"expected connector.bridges as one {each}, got {bridges!r}.")
+        for bridge in self.bridges:
+            if not bridge.pools:
+                raise ValueError(
+                    f"pools are {self.pools}, expected one at least of {', '.join(bridge.modalities)} for clip and "
+                    f"{bridge.space}."
+                )
+        if self.objective == "bridge-distillation" and self.pools is not None:
+            raise ValueError(f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows.")
+        strange = [name for name in self.pools or [] if name not in self.modalities]
+        if strange:
+            raise ValueError(f"pools name {strange[0]!r}, expected some of {', '.join(self.modalities)}.")
 
     def _check_data(self) -> None:
-        needed = {self.overlap, *self.leaves.values()}
+        needed = self.modalities
         for modality in MODALITIES:
             if modality in needed and not getattr(self, modality):
                 raise ValueError(f"expected at least one data entry under {modality}.")
             if modality not in needed and getattr(self, modality):
+                ways = " and ".join(f"{bridge.space} through {bridge.overlap}" for bridge in self.bridges)
                 raise ValueError(
                     f"got data under {modality}, expected {', '.join(m for m in MODALITIES if m in needed)} alone for "
-                    f"clip and {self.other} through {self.overlap}. Remove it."
+                    f"clip and {ways}. Remove it."
                 )
         for modality in sorted(needed):
             self._check_stores(modality)
         if self.evaluate is not None:
-            asked, able = self.leaves[self.other], ("image", "text")
+            asked, able = [bridge.leaves[bridge.space] for bridge in self.bridges], ("image", "text")
             given = set(self.evaluate.modalities)
-            if asked not in given or not given & set(able) or not given <= {asked, *able}:
-                raise ValueError(
-                    f"evaluate: expected {asked}, and image, text or both, got {sorted(given) or 'none'}."
-                )
-
-    def spaces_of(self, modality: str) -> list[str]:
-        """Return the spaces that the training data of a modality is embedded in."""
-        return [space for space, leaf in self.leaves.items() if modality in (self.overlap, leaf)]
+            if not given & set(asked) or len(given) < 2 or not given <= {*asked, *able}:
+                both = " or ".join(asked)
+                raise ValueError(f"evaluate: expected {both}, and image, text or both, got {sorted(given) or 'none'}.")
 
     def _check_stores(self, modality: str) -> None:
         specs: list[DataSpec] = getattr(self, modality)

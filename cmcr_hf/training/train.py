@@ -117,7 +117,8 @@ class ConnectorArguments:
         default=None, metadata={"help": "Folder or file of a CMCRConfig; else the options below."}
     )
     objective: str = field(
-        default=CMCRConfig.objective, metadata={"help": "What to train: c-mcr, ex-mcr or bridge-distillation."}
+        default=CMCRConfig.objective,
+        metadata={"help": "What to train: c-mcr, ex-mcr or bridge-distillation."},
     )
     projection_dim: int | None = field(
         default=None, metadata={"help": "Width of the shared space (default: 512; ex-mcr: that of CLIP)."}
@@ -131,9 +132,7 @@ class ConnectorArguments:
     )
     noise_norm: float | None = field(
         default=None,
-        metadata={
-            "help": "Norm of the semantic completion noise; 0: none (default: 1.43, bridge-distillation: 0.35)."
-        },
+        metadata={"help": "Norm of the noise; 0: none (default: 1.43, bridge-distillation: 0.35)."},
     )
     overlap_temperature: float | None = field(
         default=None,
@@ -142,8 +141,8 @@ class ConnectorArguments:
     leaf_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "InfoNCE temperature of the pseudo pairs (tau 3; default: 0.01, ex-mcr: 0.05), or that of the "
-            "distilled cosines (0.2)."
+            "help": "InfoNCE temperature of the pseudo pairs (tau 3; default: 0.01, ex-mcr: 0.05), or "
+            "that of the distilled cosines (0.2)."
         },
     )
     intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
@@ -357,8 +356,9 @@ def train_connector(
 def _unpaired(
     config: CMCRConfig, embeds: Embeds | Sequence[Embeds], args: TrainingArguments, validation_rows: int
 ) -> UnpairedDataset:
-    if not isinstance(embeds, dict):
-        raise ValueError(f"bridge-distillation takes one bank and two memories, got {len(embeds)} pools. Join them.")
+    pools = [embeds] if isinstance(embeds, dict) else list(embeds)
+    if len(pools) != 1:
+        raise ValueError(f"bridge-distillation takes one bank and two memories, got {len(pools)} pools. Join them.")
     if validation_rows:
         raise ValueError(
             f"validation_rows is {validation_rows}, expected 0 for bridge-distillation: no item of a memory has a "
@@ -369,7 +369,7 @@ def _unpaired(
             f"bridge-distillation trains in one process, got {args.world_size}: the matches of a batch are those of "
             "all of its rows. Start one process; its projectors are small."
         )
-    return unpaired_data(config, embeds, args.device)
+    return unpaired_data(config, pools[0], args.device)
 
 
 def fit_on_device(nbytes: int, args: TrainingArguments) -> bool:
@@ -487,7 +487,6 @@ def main(argv: list[str] | None = None) -> None:
     if all(source["id"].count("/") == 1 for source in sources.values()):
         config.sources = sources
     embeds = [{name: store.tensor() for name, store in pool.items()} for pool in pools]
-    rows = embeds[0] if len(embeds) == 1 else embeds
     if arguments.resume_from_last_checkpoint:
         if args.resume_from_checkpoint is not None:
             raise ValueError(
@@ -498,7 +497,7 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(local=False):
             args.resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
     with tuned(args):
-        connector, history = train_connector(config, rows, args, validation_rows=arguments.validation_rows)
+        connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
     if args.should_save:
         connector.save_pretrained(args.output_dir)
         metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}

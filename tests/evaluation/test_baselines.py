@@ -13,10 +13,12 @@ from cmcr_hf.evaluation.baselines import (
     cca_maps,
     closed_cascade,
     derange_by_name,
+    linear_map,
     one_way_bridge,
     posterior_matching,
     procrustes_map,
     ridge_map,
+    two_hop_scores,
     two_way_bridge,
     unconnected,
 )
@@ -251,6 +253,7 @@ def test_text_bridges_rotated_spaces_in_both_directions(world: World) -> None:
     assert set(scores) == {
         "ridge",
         "procrustes",
+        "linear map",
         "one-way bridge",
         "two-way bridge",
         "posterior matching",
@@ -292,9 +295,43 @@ def test_report_scores_are_those_of_the_single_functions(four: Four) -> None:
     torch.testing.assert_close(scores["ridge"][1], ridge)
 
 
+def test_the_linear_map_finds_the_rotation_and_leaves_the_global_generator_alone(world: World) -> None:
+    state = torch.get_rng_state()
+    layer = linear_map(world.text_a, world.text_b)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    again = linear_map(world.text_a, world.text_b)
+    assert torch.equal(layer.weight, again.weight)
+    assert not torch.equal(layer.weight, linear_map(world.text_a, world.text_b, seed=1).weight)
+    found = (normalize(layer(world.text_a), dim=1) * world.text_b).sum(1).mean()
+    # Unrelated rotations: 0 on average.
+    assert found > 0.6
+
+
+def test_over_two_hops_every_baseline_goes_through_the_space_between(four: Four) -> None:
+    a, *first, _ = four
+    second, b = (unit(40, 14, 4), unit(40, 12, 5)), unit(7, 12, 6)
+    names, between = unit(3, 10, 7), unit(3, 14, 8)
+    scores = two_hop_scores(a, (first[0], first[1]), second, b, names, between)
+    carried = normalize(softmax64(a, first[0], 0.03) @ first[1].double(), dim=1).float()
+    there, back = scores["one-way bridge"]
+    torch.testing.assert_close(there, bridge64(carried, *second, b, 0.03).float(), atol=1e-5, rtol=0)
+    carried_back = normalize(softmax64(b, second[1], 0.03) @ second[0].double(), dim=1).float()
+    torch.testing.assert_close(back, bridge64(carried_back, first[1], first[0], a, 0.03).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores["two-way bridge"][0], (there + back.T) / 2)
+    mapped = normalize(a @ ridge_map(first[0], first[1]), dim=1) @ ridge_map(*second)
+    torch.testing.assert_close(scores["ridge"][0], normalize(mapped, dim=1) @ b.T)
+    matched = posterior_matching(carried, *second, b)
+    torch.testing.assert_close(scores["posterior matching"][0], matched, atol=1e-5, rtol=1e-4)
+    named = between[(a @ names.T).argmax(1)]
+    torch.testing.assert_close(scores["closed cascade"][0], one_way_bridge(named, *second, b))
+    assert {name: (len(there), len(back)) for name, (there, back) in scores.items()} == dict.fromkeys(scores, (9, 7))
+    assert set(two_hop_scores(a, (first[0], first[1]), second, b)) == set(scores) - {"closed cascade"}
+
+
 def test_spaces_of_different_widths_without_names_leave_two_baselines_out(four: Four) -> None:
     a, text_a, text_b, b = four
-    names = {"ridge", "procrustes", "one-way bridge", "two-way bridge", "posterior matching"}
+    names = {"ridge", "procrustes", "linear map", "one-way bridge", "two-way bridge", "posterior matching"}
     assert set(baseline_scores(a, b, text_a, text_b)) == names
 
 

@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn import metrics
 
-from cmcr_hf.evaluation.classification import class_embeds, top_k_accuracy
+from cmcr_hf.evaluation.classification import (
+    average_precision,
+    average_precision_of_draws,
+    class_embeds,
+    top_k_accuracy,
+)
 
 
 @pytest.mark.parametrize("classes", [5, 40])
 def test_accuracies_are_those_of_scikit_learn(classes: int) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(classes)
     scores = torch.randn(200, classes, generator=generator, dtype=torch.float64)
     labels = torch.randint(classes, (200,), generator=generator)
@@ -58,6 +63,73 @@ def test_labels_may_be_a_list_or_a_tensor() -> None:
 def test_what_does_not_fit_is_an_error(scores: torch.Tensor, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         top_k_accuracy(scores, labels)
+
+
+def multi_label(case: str, items: int = 60, classes: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and classes of items: class 0 is that of none, class 1 that of all, and some items have none."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(items, classes, generator=generator, dtype=torch.float64)
+    relevant = torch.rand(items, classes, generator=generator) < 0.3
+    relevant[:, 0], relevant[:, 1] = False, True
+    relevant[::7, 2:] = False
+    if case == "ties":
+        scores = scores.round()
+    elif case == "constant":
+        scores = torch.full_like(scores, 0.3)
+    elif case == "duplicates":
+        scores, relevant = scores.repeat(3, 1), relevant.repeat(3, 1)
+    elif case == "half":
+        scores = scores.half()
+    elif case == "infinities":
+        scores[::3], scores[1::3] = math.inf, -math.inf
+    elif case == "one item":
+        scores, relevant = scores[:1], relevant[:1]
+    elif case == "one class":
+        scores, relevant = scores[:, 2:3], relevant[:, 2:3]
+    elif case == "reversed":
+        scores = -relevant.double()
+    return scores, relevant
+
+
+CASES = ("random", "ties", "constant", "duplicates", "half", "infinities", "one item", "one class", "reversed")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_average_precision_is_that_of_scikit_learn(case: str) -> None:
+    scores, relevant = multi_label(case)
+    found = average_precision(scores, relevant)
+    # scikit-learn refuses infinities; any other numbers in that order are as good.
+    finite = scores.double().clamp(-1e9, 1e9)
+    for column in range(scores.shape[1]):
+        if relevant[:, column].any():
+            expected = metrics.average_precision_score(relevant[:, column], finite[:, column])
+            assert found[column].item() == pytest.approx(expected, abs=1e-9)
+        else:
+            assert found[column].isnan()
+
+
+@pytest.mark.parametrize("case", ["random", "ties", "constant", "one item"])
+def test_the_average_precision_of_draws_is_that_of_the_drawn_items(case: str) -> None:
+    scores, relevant = multi_label(case)
+    precision = average_precision_of_draws(scores, relevant)
+    for seed in range(4):
+        drawn = torch.randint(len(scores), (len(scores),), generator=torch.Generator().manual_seed(seed))
+        expected = average_precision(scores[drawn], relevant[drawn])
+        assert torch.allclose(precision(drawn), expected, atol=1e-12, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("scores", "relevant", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.bool), r"shape \(2, 2\).*expected bool of shape \(2, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), "type torch.float32, expected bool"),
+        (torch.full((2, 3), math.nan), torch.zeros(2, 3, dtype=torch.bool), "NaN scores in 2 rows"),
+        (torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool), "pass a filled matrix"),
+    ],
+)
+def test_relevance_that_does_not_fit_is_an_error(scores: torch.Tensor, relevant: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        average_precision(scores, relevant)
 
 
 def test_a_class_is_the_direction_of_the_mean_of_unit_prompts() -> None:

@@ -62,7 +62,7 @@ def made(labels, *, audio_dim=16, image_dim=24):
         "sets": sets,
         "media": media,
         "table": table,
-        "history": HISTORY,
+        "histories": {"clap": HISTORY},
         "data": [{"name": "texts.csv", "role": "the texts that connect", "rows": 40, "licence": "CC0-1.0"}],
         "command": "cmcr connect tiny.yaml",
     }
@@ -234,14 +234,15 @@ def test_a_large_gallery_is_drawn_with_a_stated_number_of_points(tmp_path):
 
 
 def test_a_missing_log_is_said_to_be_missing(arguments, tmp_path):
-    arguments["history"] = []
+    arguments["histories"] = {}
     text = text_of(written(tmp_path, arguments))
     assert "There is no log of the training" in text
     assert "loss_overlap" not in text
 
 
 def test_the_figures_of_held_out_texts_are_shown(arguments, tmp_path):
-    arguments["history"] = [*HISTORY, {"step": 4, "eval_loss": 1.5, "eval_a_to_b_R@1": 0.25, "eval_runtime": 3.0}]
+    held_out = {"step": 4, "eval_loss": 1.5, "eval_a_to_b_R@1": 0.25, "eval_runtime": 3.0}
+    arguments["histories"] = {"clap": [*HISTORY, held_out]}
     text = text_of(written(tmp_path, arguments))
     assert "loss 1.500 a_to_b_R@1 0.250" in text
     assert "runtime" not in text

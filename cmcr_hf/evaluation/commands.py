@@ -1,0 +1,103 @@
+"""The command `cmcr evaluate`: a function a task, and the options and the frame that all tasks share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cli_options import add_embedding_options, not_negative, positive, tuned, usable_device
+
+if TYPE_CHECKING:
+    from .embedding import EvaluatedModel
+    from .result import EvaluationResult
+
+
+def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model on data of your own or on a benchmark",
+        description="Embed data with a model and measure a task: a table with intervals, result.json with what is "
+        "needed to run it again, and report.html with the best and the worst cases. Each task has options of its own: "
+        "cmcr evaluate TASK --help.",
+        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
+    )
+    # Which take the frame from here.
+    from .classification_commands import add_classification
+    from .localization_commands import add_localization, add_recognition
+    from .retrieval_commands import add_retrieval
+
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    add_retrieval(tasks)
+    add_classification(tasks)
+    add_localization(tasks)
+    add_recognition(tasks)
+
+
+def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add the options of every task; the output folder is `runs/evaluate/TASK` unless another is named."""
+    parser.add_argument("--model", required=True, help="CMCRModel: folder or Hub id")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/evaluate") / task,
+        metavar="DIR",
+        help="folder of result.json, report.html and the embeddings, which a second run reads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=not_negative,
+        default=1000,
+        metavar="N",
+        help="resamples of the 95 %% intervals, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the resamples (default: %(default)s)")
+    parser.add_argument("--limit", type=positive, help="take so many items at most, from the start")
+    add_embedding_options(parser)
+
+
+@contextmanager
+def evaluated_model(arguments: argparse.Namespace, *modalities: str) -> Iterator[EvaluatedModel]:
+    """Load the model of a command with the towers of some modalities, and keep other runs out of the output folder.
+
+    Raises:
+        ValueError: the folder cannot be written or is in use, or the model or the device is not there.
+    """
+    from ..durable import locked
+    from ..output import check_writable
+    from .embedding import EvaluatedModel
+
+    check_writable(arguments.output)
+    device = usable_device(arguments.device)
+    with locked(arguments.output), tuned(device, quiet=True):
+        yield EvaluatedModel(
+            arguments.model,
+            arguments.output,
+            modalities=modalities,
+            device=device,
+            batch_size=arguments.batch_size,
+        )
+
+
+def run_settings(arguments: argparse.Namespace, resampled: str, **more: Any) -> dict[str, Any]:
+    """Return the settings of a command for its result (see [`settings`])."""
+    from .result import settings
+
+    return settings(
+        arguments.words,
+        seed=arguments.seed,
+        resamples=arguments.bootstrap,
+        resampled=resampled,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        **more,
+    )
+
+
+def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:
+    """Print a result and write it into the output folder."""
+    result.write(arguments.output)
+    print(result.format())
+    print(f"\n{arguments.output / 'result.json'} and {arguments.output / 'report.html'} are written.")
