@@ -19,6 +19,8 @@ from torch.nn.functional import normalize
 TOP = 1024
 # Items and texts at a time, 64 MiB of cosines: few searches for the largest of many cost less than many of few.
 BLOCKS = (256, 65536)
+# So many times the kept weights a bank may have to be multiplied whole, which costs no more than the sparse product.
+DENSE = 16
 # Of the choice of temperatures: texts that ask, and texts that answer. More of either move it by less than a step.
 PROBES, ANSWERS = 512, 8192
 # Temperatures to try, in units of the spread of an item's cosines with the texts, which is .02 in CLIP ViT-B/32 and
@@ -105,6 +107,8 @@ def matches(a: Posteriors, b: Posteriors) -> Tensor:
 
     Off from that of whole posteriors by at most `a.cut_off + b.cut_off` of the pair.
     """
+    if a.bank <= DENSE * a.texts.shape[1]:
+        return _whole(a) @ _whole(b).T
     # Of weights above the rest the products are sparse; those with the rest are sums that are known.
     with warnings.catch_warnings():
         # Of the form that torch multiplies them in, which it calls beta.
@@ -112,6 +116,11 @@ def matches(a: Posteriors, b: Posteriors) -> Tensor:
         products = torch.sparse.mm(_excess(a), _excess(b).t()).to_dense()
     rest_a, rest_b = a.rest[:, None], b.rest
     return products + rest_a + rest_b - a.bank * rest_a * rest_b
+
+
+def _whole(part: Posteriors) -> Tensor:
+    weights = part.rest[:, None].repeat(1, part.bank)
+    return weights.scatter_(1, part.texts.long(), part.weights)
 
 
 def _excess(part: Posteriors) -> Tensor:
@@ -147,24 +156,30 @@ def choose_temperatures(
         memory_a, memory_b: items of both spaces.
         seed: of the draw of texts.
     """
-    order = torch.randperm(len(bank_a), generator=torch.Generator().manual_seed(seed)).to(bank_a.device)
-    probes = min(PROBES, len(order) // 2)
-    asking, answering = order[:probes], order[probes : probes + ANSWERS]
-    tried, parts = [], []
-    for bank, memory in ((bank_a, memory_a), (bank_b, memory_b)):
-        questions, answers = (normalize(bank[rows].float(), dim=1) for rows in (asking, answering))
-        cosines = normalize(memory[_nearest(questions, memory)].float(), dim=1) @ answers.T
-        spread = cosines.std(dim=1).mean().item()
-        tried.append([spread * ratio for ratio in RATIOS])
-        parts.append([(cosines / temperature).softmax(dim=1) for temperature in tried[-1]])
+    generator = torch.Generator().manual_seed(seed)
+    probes = min(PROBES, len(bank_a) // 2)
+    tried: list[list[float]] = []
+    ranks = []
+    # A small bank is divided anew until as many have asked.
+    for _ in range(-(-PROBES // probes)):
+        order = torch.randperm(len(bank_a), generator=generator).to(bank_a.device)
+        asking, answering = order[:probes], order[probes : probes + ANSWERS]
+        cosines = []
+        for bank, memory in ((bank_a, memory_a), (bank_b, memory_b)):
+            questions, answers = (normalize(bank[rows].float(), dim=1) for rows in (asking, answering))
+            cosines.append(normalize(memory[_nearest(questions, memory)].float(), dim=1) @ answers.T)
+        if not tried:
+            spreads = [side.std(dim=1).mean().item() for side in cosines]
+            tried = [[spread * ratio for ratio in RATIOS] for spread in spreads]
+        parts = [[(side / t).softmax(dim=1) for t in steps] for side, steps in zip(cosines, tried, strict=True)]
+        ranks.append(torch.stack([_log_ranks(a @ b.T) for a, b in itertools.product(*parts)]))
     pairs = list(itertools.product(*tried))
-    ranks = torch.stack([_log_ranks(a @ b.T) for a, b in itertools.product(*parts)])
-    worse = ranks - ranks[ranks.mean(dim=1).argmin()]
-    fit = worse.mean(dim=1) <= worse.std(dim=1) / probes**0.5
-    temperature_a, temperature_b = min(
-        (pair for pair, fits in zip(pairs, fit.tolist(), strict=True) if fits), key=math.prod
-    )
-    return temperature_a, temperature_b
+    every = torch.cat(ranks, dim=1)
+    worse = every - every[every.mean(dim=1).argmin()]
+    # Texts that ask again tell nothing new.
+    fit = worse.mean(dim=1) <= worse.std(dim=1) / min(every.shape[1], len(bank_a)) ** 0.5
+    chosen = min((pair for pair, fits in zip(pairs, fit.tolist(), strict=True) if fits), key=math.prod)
+    return chosen[0], chosen[1]
 
 
 def _log_ranks(scores: Tensor) -> Tensor:
