@@ -344,7 +344,8 @@ def _retrieval_sets(
     sets = []
     for first, second in itertools.combinations(queries, 2):
         between = (banks[first][1], banks[second][1])
-        sets.append(RetrievalSet(queries[first], queries[second], banks[first][0], banks[second][0], between))
+        there, back = banks[first][0], banks[second][0]
+        sets.append(RetrievalSet(queries[first], queries[second], there, back, between=between))
     for space, query in queries.items():
         galleries = [sides[modality] for modality in ("image", "text") if modality in sides]
         there, back = banks[space]
