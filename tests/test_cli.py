@@ -89,7 +89,10 @@ def test_the_command_explains_itself(capsys):
     [
         ("demo", ["--output", "default: runs/demo", "default: 3", "default: 20", "default: runs/encoders"]),
         ("connect", ["default: runs/NAME", "default: 32", "default: cuda where there is one", "clip-clap", "demo"]),
-        ("evaluate retrieval", ["default: parent", "default: 32", "--model", "Example: cmcr evaluate retrieval"]),
+        (
+            "evaluate retrieval",
+            ["default: parent", "default: 32", "--model", "--model runs/demo/model"],
+        ),
         (
             "evaluate classification",
             [
@@ -116,7 +119,7 @@ def test_the_help_of_every_command_names_its_defaults(capsys, command, expected)
     [
         ([], "the following arguments are required: COMMAND"),
         (["conect"], "invalid choice: 'conect'"),
-        (["evaluate", "retrieval", "--model", "m"], "the following arguments are required: --images, --audio"),
+        (["evaluate", "retrieval", "--images", "photos"], "the following arguments are required: --model"),
         (["evaluate"], "the following arguments are required: TASK"),
         (["connect", "demo", "--batch-size", "0"], "expected at least 1, got 0"),
         (["demo", "--derangements", "-1"], "expected 0 or more, got -1"),
@@ -182,7 +185,7 @@ def test_connect_takes_the_data_from_another_folder(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (clip-clap, "),
+        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (all, clip-clap, "),
         ("absent.yaml", "cmcr connect: Cannot read the recipe absent.yaml: No such file or directory."),
     ],
 )

@@ -8,7 +8,7 @@ better.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.functional import normalize
@@ -19,6 +19,13 @@ from ..modeling.losses_cmcr import symmetric_info_nce
 BRIDGE_TEMPERATURE = 0.03
 # Found with small encoders of 128 dimensions; no value is established for other widths.
 POSTERIOR_TEMPERATURE = 0.06
+
+# Names of those that only need the bank.
+TRAINING_FREE = ("one-way bridge", "two-way bridge", "posterior matching")
+# Scores of some queries, (rows, gallery).
+Scorer = Callable[[slice], torch.Tensor]
+# Baselines of which one direction is the transpose of the other.
+_SYMMETRIC = ("unconnected", "linear map", "two-way bridge", "posterior matching")
 
 # Bytes of the largest (queries, texts) matrix alive at once.
 _BLOCK_BYTES = 2**27
@@ -263,37 +270,75 @@ def baseline_scores(
         temperature: one temperature for both bridges and posterior matching; `None` uses each one's own default.
         linear: the [`linear_map`] of these texts, where it has been trained already.
     """
-    if (names_audio_space is None) != (names_image_space is None):
+    scorers = baseline_scorers(
+        audio,
+        image,
+        text_audio_space,
+        text_image_space,
+        names_audio_space,
+        names_image_space,
+        temperature=temperature,
+        linear=linear,
+    )
+    every = slice(None)
+    scores = {}
+    for name, (there, back) in scorers.items():
+        forward = there(every)
+        scores[name] = (forward, forward.T if name in _SYMMETRIC else back(every))
+    return scores
+
+
+def baseline_scorers(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    text_a: torch.Tensor,
+    text_b: torch.Tensor,
+    names_a: torch.Tensor | None = None,
+    names_b: torch.Tensor | None = None,
+    *,
+    temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
+) -> dict[str, tuple[Scorer, Scorer]]:
+    """Return every baseline of [`baseline_scores`] as two functions: to score some rows of a, or of b, at a time."""
+    if (names_a is None) != (names_b is None):
         raise ValueError("Got class names in one space only, expected both or neither; embed them in both spaces.")
     bridge_temperature = BRIDGE_TEMPERATURE if temperature is None else temperature
     posterior_temperature = POSTERIOR_TEMPERATURE if temperature is None else temperature
-    audio, text_a, text_b, image = _checked(audio, text_audio_space, text_image_space, image)
+    a, text_a, text_b, b = _checked(a, text_a, text_b, b)
 
-    scores = {}
-    if audio.shape[1] == image.shape[1]:
-        cosine = unconnected(audio, image)
-        scores["unconnected"] = (cosine, cosine.T)
+    scorers = {}
+    if a.shape[1] == b.shape[1]:
+        scorers["unconnected"] = (inner_scorer(a, b), inner_scorer(b, a))
     for name, fit in (("ridge", ridge_map), ("procrustes", procrustes_map)):
-        scores[name] = (
-            normalize(audio @ fit(text_a, text_b), dim=-1) @ image.T,
-            normalize(image @ fit(text_b, text_a), dim=-1) @ audio.T,
+        scorers[name] = (
+            inner_scorer(normalize(a @ fit(text_a, text_b), dim=-1), b),
+            inner_scorer(normalize(b @ fit(text_b, text_a), dim=-1), a),
         )
     layer = linear or linear_map(text_a, text_b)
-    mapped = normalize(layer(audio.float()), dim=-1) @ image.float().T
-    scores["linear map"] = (mapped, mapped.T)
-    there = one_way_bridge(audio, text_a, text_b, image, temperature=bridge_temperature)
-    back = one_way_bridge(image, text_b, text_a, audio, temperature=bridge_temperature)
-    scores["one-way bridge"] = (there, back)
-    two_way = (there + back.T) / 2
-    scores["two-way bridge"] = (two_way, two_way.T)
-    matched = posterior_matching(audio, text_a, text_b, image, temperature=posterior_temperature)
-    scores["posterior matching"] = (matched, matched.T)
-    if names_audio_space is not None and names_image_space is not None:
-        scores["closed cascade"] = (
-            closed_cascade(audio, names_audio_space, names_image_space, image),
-            closed_cascade(image, names_image_space, names_audio_space, audio),
+    mapped, single = normalize(layer(a.float()), dim=-1), b.float()
+    scorers["linear map"] = (inner_scorer(mapped, single), inner_scorer(single, mapped))
+    carried_a, carried_b = (
+        _carried(a, text_a, text_b, bridge_temperature),
+        _carried(b, text_b, text_a, bridge_temperature),
+    )
+    scorers["one-way bridge"] = (inner_scorer(carried_a, b), inner_scorer(carried_b, a))
+    both_a, both_b = torch.cat([carried_a, a], 1), torch.cat([b, carried_b], 1) / 2
+    scorers["two-way bridge"] = (inner_scorer(both_a, both_b), inner_scorer(both_b, both_a))
+    scorers["posterior matching"] = (
+        lambda rows: posterior_matching(a[rows], text_a, text_b, b, temperature=posterior_temperature),
+        lambda rows: posterior_matching(b[rows], text_b, text_a, a, temperature=posterior_temperature),
+    )
+    if names_a is not None and names_b is not None:
+        scorers["closed cascade"] = (
+            lambda rows: closed_cascade(a[rows], names_a, names_b, b),
+            lambda rows: closed_cascade(b[rows], names_b, names_a, a),
         )
-    return scores
+    return scorers
+
+
+def inner_scorer(a: torch.Tensor, b: torch.Tensor) -> Scorer:
+    """Return the function that scores some rows of a by their inner products with all of b."""
+    return lambda rows: a[rows] @ b.T
 
 
 def two_hop_scores(

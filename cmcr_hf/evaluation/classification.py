@@ -57,7 +57,7 @@ def class_accuracy(hits: torch.Tensor, labels: torch.Tensor, classes: int) -> to
 
     Without ties, the mean over the classes is scikit-learn's `balanced_accuracy_score`.
     """
-    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, hits.double())
+    sums = torch.zeros(classes, dtype=torch.float64, device=hits.device).index_add_(0, labels, hits.double())
     return sums / torch.bincount(labels, minlength=classes)
 
 

@@ -82,10 +82,11 @@ def add_classification(tasks: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _classification(arguments: argparse.Namespace) -> None:
-    from .result import EvaluationResult
+    from .result import MODEL, EvaluationResult
     from .zero_shot import (
         CLASSIFICATION,
         PUBLISHED,
+        TEMPLATE_NOTES,
         TEMPLATES,
         breakdowns,
         cases,
@@ -97,10 +98,13 @@ def _classification(arguments: argparse.Namespace) -> None:
 
     data = _labelled_set(arguments)
     modality = data.items.modality
-    templates = read_templates(arguments.prompts) if arguments.prompts else arguments.template or TEMPLATES[modality]
+    own = read_templates(arguments.prompts) if arguments.prompts else arguments.template
+    templates = own or TEMPLATES[modality]
+    remark = None if own else TEMPLATE_NOTES[modality]
+    is_whole = arguments.fold is None and arguments.limit is None
     with evaluated_model(arguments, "text", modality) as model:
         text_space = model.model.config.space_of("text", arguments.text_space)
-        scores = zero_shot_scores(model, data, templates, text_space=text_space)
+        data, scores = zero_shot_scores(model, data, templates, text_space=text_space)
         found = measure(scores, data, resamples=arguments.bootstrap, seed=arguments.seed)
         best, worst = cases(scores, data)
         finish(
@@ -114,6 +118,7 @@ def _classification(arguments: argparse.Namespace) -> None:
                     "fingerprint": data.items.fingerprint,
                     "licence": data.licence,
                     "missing": data.missing or None,
+                    "unreadable": data.unreadable or None,
                 },
                 model=model.record(),
                 settings=run_settings(
@@ -124,12 +129,12 @@ def _classification(arguments: argparse.Namespace) -> None:
                     text_space=text_space,
                 ),
                 metrics={method: {CLASSIFICATION: values} for method, values in found.metrics.items()},
-                intervals={"model": {CLASSIFICATION: found.intervals}},
-                published=PUBLISHED.get(arguments.layout, ()),
+                intervals={MODEL: {CLASSIFICATION: found.intervals}},
+                published=PUBLISHED.get(arguments.layout, ()) if is_whole else (),
                 best=best,
                 worst=worst,
                 breakdowns=breakdowns(scores, data, found.by_class),
-                notes=notes(data, found.by_class),
+                notes=[*notes(data, found.by_class), *([remark] if remark else [])],
             ),
         )
 

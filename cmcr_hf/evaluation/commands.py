@@ -27,6 +27,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     # Which take the frame from here.
     from .classification_commands import add_classification
     from .localization_commands import add_localization, add_recognition
+    from .retrieval_commands import add_retrieval
 
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add_retrieval(tasks)
@@ -100,56 +101,3 @@ def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:
     result.write(arguments.output)
     print(result.format())
     print(f"\n{arguments.output / 'result.json'} and {arguments.output / 'report.html'} are written.")
-
-
-def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = tasks.add_parser(
-        "retrieval",
-        help="retrieval between a folder of images and a folder of audio",
-        description="Embed two folders with a model and measure class-level retrieval in both directions. The class "
-        "of an item is the name of its folder, or its own name where pairs share it (dog.jpg and dog.wav).",
-        epilog="Example: cmcr evaluate retrieval --model runs/demo/model --images photos --audio sounds --label stem",
-    )
-    add_shared_options(parser, "retrieval")
-    parser.add_argument("--images", type=Path, required=True, help="folder of images, subfolders included")
-    parser.add_argument("--audio", type=Path, required=True, help="folder of audio files, subfolders included")
-    parser.add_argument(
-        "--label",
-        choices=("parent", "stem"),
-        default="parent",
-        help="class of a file: its folder's name or its own (default: %(default)s)",
-    )
-    parser.set_defaults(run=_retrieval)
-
-
-def _retrieval(arguments: argparse.Namespace) -> None:
-    from ..training.data import Items
-    from ..training.recipe import DataSpec
-    from .connection import chance_metrics, retrieval_metrics
-    from .result import CHANCE, MODEL, EvaluationResult
-
-    sides = {"image": arguments.images, "audio": arguments.audio}
-    items = {
-        modality: Items([DataSpec(folder=str(folder), label=arguments.label, limit=arguments.limit)], modality, Path())
-        for modality, folder in sides.items()
-    }
-    labels = {modality: [str(item.label) for item in part] for modality, part in items.items()}
-    # First, since it refuses classes that one side lacks.
-    metrics = {CHANCE: chance_metrics(labels["audio"], labels["image"])}
-    with evaluated_model(arguments, "image", "audio") as model:
-        embeds = {modality: model.embeds(part) for modality, part in items.items()}
-        scores = embeds["audio"] @ embeds["image"].T
-        metrics[MODEL] = retrieval_metrics(scores, scores.T, labels["audio"], labels["image"])
-        counts = {"clips": len(labels["audio"]), "images": len(labels["image"]), "classes": len({*labels["audio"]})}
-        fingerprint = {modality: part.fingerprint for modality, part in items.items()}
-        finish(
-            arguments,
-            EvaluationResult(
-                task="retrieval",
-                title="audio-image retrieval by class",
-                data={"name": "folders", "items": counts, "fingerprint": fingerprint, "licence": None},
-                model=model.record(),
-                settings=run_settings(arguments, "queries"),
-                metrics=metrics,
-            ),
-        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,8 @@ class LabelledSet:
         labels: of each item, the indices of its classes: exactly one, unless `several`.
         several: whether an item may have several classes.
         missing: items that are listed in the data set, but whose files are not there.
+        strict: whether an item that cannot be read is an error; otherwise it is left out.
+        unreadable: items that were left out.
     """
 
     name: str
@@ -56,6 +58,8 @@ class LabelledSet:
     several: bool = False
     licence: str | None = None
     missing: list[str] = field(default_factory=list)
+    strict: bool = True
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def relevant(self) -> torch.Tensor:
@@ -64,6 +68,16 @@ class LabelledSet:
         for row, own in zip(found, self.labels, strict=True):
             row[own] = True
         return found
+
+    def readable(self, keys: Collection[str]) -> LabelledSet:
+        """Return the set without the items that have none of the keys."""
+        kept = [(item, own) for item, own in zip(self.items, self.labels, strict=True) if item.key in keys]
+        return replace(
+            self,
+            items=Items.made(self.items.modality, [item for item, _ in kept], self.items.fingerprint),
+            labels=[own for _, own in kept],
+            unreadable=[item.key for item in self.items if item.key not in keys],
+        )
 
 
 def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int | None = None) -> LabelledSet:
@@ -87,7 +101,7 @@ def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
     A clip is found by the id of its video, behind which a `_` and anything may follow, and before which a `Y` may
     stand: `Y{YTID}.wav` is PANNs' naming, `{YTID}.flac` that of the data set on the Hub, `{YTID}_{start}.wav` and
     `{YTID}_{start}_{end}.flac` those of common downloaders. Many of the videos are gone: what is not there is listed
-    as missing.
+    as missing. Not all of what is there is whole: what cannot be read is left out too.
     """
     segments = folder / "eval_segments.csv"
     names_of = [path for path in (folder / "class_labels_indices.csv", folder / "ontology.json") if path.is_file()]
@@ -112,6 +126,7 @@ def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
         several=True,
         missing=[name for name in own if name not in clips],
         licence="CC BY 4.0 (the lists)",
+        strict=False,
     )
 
 

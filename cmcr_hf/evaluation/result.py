@@ -156,10 +156,12 @@ class EvaluationResult:
             for method, metrics in self.metrics.items():
                 if group in metrics:
                     intervals = self.intervals.get(method, {}).get(group, {})
-                    rows.append([method, *(_cell(metrics[group].get(name), intervals.get(name)) for name in names)])
+                    rows.append(
+                        [method, *(_cell(name, metrics[group].get(name), intervals.get(name)) for name in names)]
+                    )
             for entry in self.published:
                 if group in entry.metrics:
-                    values = [_cell(entry.metrics[group].get(name), None) for name in names]
+                    values = [_cell(name, entry.metrics[group].get(name)) for name in names]
                     rows.append([f"{entry.model} (published)", *values])
             parts.append(_aligned(rows))
         if any(self.intervals.values()):
@@ -237,13 +239,16 @@ def said(group: str) -> str:
     return group.replace("_to_", " → ").replace("_", " ")
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, metric: str = "") -> str:
     """Return a metric as a reader sees it: fractions with three decimals, ranks and the like with one."""
-    return "" if value is None else f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+    if value is None:
+        return ""
+    return f"{value:.1f}" if abs(value) > 1 or metric.endswith("rank") else f"{value:.3f}"
 
 
-def _cell(value: float | None, interval: tuple[float, float] | None) -> str:
-    return number(value) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
+def _cell(metric: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
+    ends = [number(end, metric) for end in interval or ()]
+    return number(value, metric) + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -46,38 +46,116 @@ def label_retrieval(
     rows = max(1, _BLOCK_ELEMENTS // len(gallery))
     for begin in range(0, len(queries), rows):
         block = slice(begin, begin + rows)
-        relevant = queries[block, None] == gallery
-        probability, precision = _expected_ranking(scores[block], relevant)
-        for k in ks:
-            totals[f"P@{k}"] += (probability[:, :k].sum(1) / k).sum().item()
-        totals["mAP"] += ((probability * precision).sum(1) / relevant.sum(1)).sum().item()
+        for name, values in relevance_values(scores[block], queries[block, None] == gallery, ks).items():
+            totals[name] += values.sum().item()
     return {name: total / len(queries) for name, total in totals.items()}
+
+
+def relevance_values(scores: torch.Tensor, relevant: torch.Tensor, ks: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what [`label_retrieval`] is the mean of: "P@k" for every k and "mAP", `(n_queries,)` float64 each.
+
+    Args:
+        relevant: (n_queries, n_gallery) bool, at least one in each row.
+    """
+    probability, precision = _expected_ranking(scores, relevant)
+    values = {f"P@{k}": probability[:, :k].sum(1) / k for k in ks}
+    return values | {"mAP": (probability * precision).sum(1) / relevant.sum(1)}
 
 
 def pair_retrieval(
     scores: torch.Tensor, gold: torch.Tensor | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Measure instance-level retrieval: recall at k and median rank of the one true column of every row.
+    """Measure instance-level retrieval: recall at k and median rank of the first true column of every row.
 
     The rank of a true column is 1 + the number of strictly better columns + half of the other columns tied with it:
-    its mean over a random order of the ties. "R@k" is the probability under the same random order that the rank is at
-    most k, so that constant scores over m columns give k / m.
+    its mean over a random order of the ties. "R@k" is the probability under the same random order that a true column
+    is among the first k, so that constant scores over m columns of which one is true give k / m.
 
     Args:
         scores: (n, m), larger is better; infinities are allowed.
-        gold: (n,) integer tensor with the true column of every row. `None` means the diagonal of a square matrix.
+        gold: (n,) integer tensor with the true column of every row, or (n, p) where rows have up to p of them, filled
+            up with -1. `None` means the diagonal of a square matrix.
         ks: cut-offs between 1 and m.
 
     Returns:
         "R@k" for every k, in [0, 1], and "median_rank", from 1 to m.
 
     Raises:
-        ValueError: NaN scores, a matrix that is not square without `gold`, or a true column outside the matrix.
+        ValueError: NaN scores, a matrix that is not square without `gold`, or a true column outside the matrix, none
+            or twice in a row.
     """
-    better, ties = gold_places(scores, gold)
+    check_scores(scores)
     check_cutoffs(ks, scores.shape[1])
-    metrics = {f"R@{k}": ((k - better) / (ties + 1)).clamp(0, 1).mean().item() for k in ks}
+    if gold is not None and gold.dim() == 2:
+        ordered = gold.sort(dim=1).values
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
+        if len(gold) != len(scores) or gold.is_floating_point() or twice or not _within(gold, scores.shape[1]):
+            raise ValueError(
+                f"Got gold of shape {tuple(gold.shape)} for scores of shape {tuple(scores.shape)}, expected of every "
+                "row at least one column and none twice, filled up with -1; check the pairing."
+            )
+        values = pair_values(scores, gold, ks)
+        metrics = {f"R@{k}": values[f"R@{k}"].mean().item() for k in ks}
+        return metrics | {"median_rank": values["rank"].quantile(0.5).item()}
+    better, ties = gold_places(scores, gold)
+    metrics = {f"R@{k}": _recall(k, better, ties + 1, torch.ones_like(ties)).mean().item() for k in ks}
     return metrics | {"median_rank": (1 + better + ties / 2).quantile(0.5).item()}
+
+
+def pair_values(scores: torch.Tensor, gold: torch.Tensor, ks: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return of every row what instance-level metrics are made of, `(n,)` float64 each.
+
+    "R@k" for every k and "rank", of the first true column as in [`pair_retrieval`], and "mAP", the average precision
+    over all true columns; each the exact expectation over a random order of the ties.
+
+    Args:
+        gold: (n, p) true columns of every row, at least one and none twice, filled up with -1.
+    """
+    gold = gold.to(scores.device)
+    true = scores.gather(1, gold.clamp(min=0)).masked_fill(gold < 0, -torch.inf)
+    valid = gold >= 0
+    better, size = torch.empty_like(true, dtype=torch.float64), torch.empty_like(true, dtype=torch.float64)
+    # One true column at a time: no copy of the scores for each.
+    for place in range(gold.shape[1]):
+        better[:, place] = (scores > true[:, place, None]).sum(1)
+        size[:, place] = (scores == true[:, place, None]).sum(1)
+    above = ((true[:, None] > true[:, :, None]) & valid[:, None]).sum(2).double()
+    found = ((true[:, None] == true[:, :, None]) & valid[:, None]).sum(2).double()
+    # A true column in a tie group of n items, r of them true, behind s items with R true ones, is at rank s + j with
+    # probability 1 / n, and R + (j - 1)(r - 1) / (n - 1) true ones precede it there on average.
+    harmonic = torch.nn.functional.pad((1 / torch.arange(1, scores.shape[1] + 1).double()).cumsum(0), (1, 0))
+    harmonic = harmonic.to(scores.device)
+    inverse = harmonic[(better + size).long()] - harmonic[better.long()]
+    later = (found - 1) / (size - 1).clamp(min=1) * (size - (better + 1) * inverse)
+    precision = (((above + 1) * inverse + later) / size).masked_fill(~valid, 0).sum(1) / valid.sum(1)
+    first = better.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
+    better, size, found = (part.gather(1, first)[:, 0] for part in (better, size, found))
+    values = {f"R@{k}": _recall(k, better, size, found) for k in ks}
+    return values | {"mAP": precision, "rank": better + (size + 1) / (found + 1)}
+
+
+def pair_chance(found: torch.Tensor, gallery: int, ks: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what [`pair_values`] gives on average for a random ranking, of rows with so many true columns."""
+    found, zero = found.double(), torch.zeros(len(found), dtype=torch.float64)
+    values = {f"R@{k}": _recall(k, zero, zero + gallery, found) for k in ks}
+    return values | {"mAP": expected_average_precision(found, gallery), "rank": (gallery + 1) / (found + 1)}
+
+
+def _recall(k: int, better: torch.Tensor, size: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Return the probability that one of `found` true items in a tie group of `size` items is among the first k."""
+    places = (k - better).clamp(min=0).minimum(size)
+    missed = (
+        (size - found + 1).lgamma()
+        + (size - places + 1).lgamma()
+        - (size - found - places + 1).clamp(min=1).lgamma()
+        - (size + 1).lgamma()
+    )
+    several = torch.where(places > size - found, 1.0, -missed.expm1())
+    return torch.where(found == 1, places / size, several)
+
+
+def _within(gold: torch.Tensor, columns: int) -> bool:
+    return bool((gold >= -1).all() and (gold < columns).all() and (gold >= 0).any(1).all())
 
 
 def gold_places(scores: torch.Tensor, gold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,9 +42,15 @@ TEMPLATES: dict[str, Sequence[str]] = {
     "point_cloud": POINT_CLOUD_TEMPLATES,
 }
 
-# Accuracies of ESC-50 are of all 2,000 clips; none of the papers gives its prompts.
-_FREEBIND = "FreeBind (arXiv 2405.04883), tables 3 and 4"
-_UNCHECKED = "C-MCR (arXiv 2305.14381) and Ex-MCR (2310.08884), not checked against the papers; with ULIP's prompts"
+# What a reader must know of numbers with the default templates.
+TEMPLATE_NOTES = {
+    "image": "The seven templates were selected on ImageNet. CLIP's paper takes 80 (--prompts), and names of its own "
+    "for the classes of ImageNet (--names).",
+    "audio": None,
+    "point_cloud": "The templates are worded by this package. Published numbers are of ULIP's 64 (--prompts).",
+}
+_FREEBIND = "FreeBind, tables 3 and 4, on all 2,000 clips; with which prompts is not known here"
+_UNCHECKED = "C-MCR (arXiv 2305.14381) and Ex-MCR (2310.08884), not checked against the papers"
 PUBLISHED = {
     "esc-50": [
         Published(model, {CLASSIFICATION: {"top-1": accuracy}}, _FREEBIND)
@@ -76,8 +82,8 @@ def read_templates(path: Path) -> list[str]:
 
 def zero_shot_scores(
     model: EvaluatedModel, data: LabelledSet, templates: Sequence[str], *, text_space: str | None = None
-) -> torch.Tensor:
-    """Return the cosine of every item with every class, `(items, classes)`.
+) -> tuple[LabelledSet, torch.Tensor]:
+    """Return the items that can be read, and the cosine of each with every class, `(items, classes)`.
 
     A class is the normalised mean of the normalised embeddings of its prompts: every template with each of its names.
 
@@ -86,7 +92,8 @@ def zero_shot_scores(
         text_space: the source that embeds the prompts; by default that which the model's texts go through.
 
     Raises:
-        ValueError: a template has not one `{}`, or an item cannot be read; names it.
+        ValueError: a template has not one `{}`; or an item of a strict set cannot be read, or none of another; names
+            it.
     """
     for template in templates:
         if template.count("{}") != 1:
@@ -96,7 +103,9 @@ def zero_shot_scores(
         prompts += [template.replace("{}", word) for word in words for template in templates]
         classes += [index] * (len(words) * len(templates))
     texts = model.embeds(Items.listed("text", prompts), text_space)
-    return model.embeds(data.items) @ class_embeds(texts, classes).T
+    store = model.source_store(data.items, strict=data.strict)
+    embeds = model.project(store.tensor().float(), data.items.modality)
+    return data.readable({*store.keys()}) if store.skipped else data, embeds @ class_embeds(texts, classes).T
 
 
 @dataclass
@@ -231,9 +240,10 @@ def _medium(item: Item) -> Any:
 def notes(data: LabelledSet, by_class: torch.Tensor) -> list[str]:
     """Return what a reader of the numbers must know of a set."""
     found = []
-    if data.missing:
-        listed = len(data.missing) + len(data.labels)
-        found.append(f"{len(data.missing):,} of {listed:,} items are not there and left out.")
+    listed = len(data.missing) + len(data.unreadable) + len(data.labels)
+    for names, reason in ((data.missing, "are not there"), (data.unreadable, "cannot be read")):
+        if names:
+            found.append(f"{len(names):,} of {listed:,} items {reason} and are left out.")
     if empty := int(by_class.isnan().sum()):
         found.append(f"{empty:,} of {len(by_class):,} classes have no item here and are left out of the mean.")
     times = Counter(words[0] for words in data.words)

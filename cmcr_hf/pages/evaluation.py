@@ -62,7 +62,8 @@ def _table(result: EvaluationResult, group: str, metrics: Sequence[str]) -> dict
             value, interval = values.get(name), intervals.get(name)
             places = [None if value is None else 100 * value / tops[name]]
             places += [100 * end / tops[name] for end in interval or ()]
-            cells.append({"value": number(value), "interval": [number(end) for end in interval or ()], "at": places})
+            ends = [number(end, name) for end in interval or ()]
+            cells.append({"value": number(value, name), "interval": ends, "at": places})
         laid.append({"name": method, "kind": kind, "cells": cells})
     return {
         "group": said(group),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..evaluation.baselines import TRAINING_FREE
 from ..evaluation.connection import CLASSIFICATION, ROWS, Metrics, RetrievalSet
 from ..modeling.modeling_cmcr import CMCRConnector
 from ..training.data import Item
@@ -26,7 +27,6 @@ NOUNS = {
     "point_cloud": ("point cloud", "point clouds"),
 }
 
-TRAINING_FREE = ("one-way bridge", "two-way bridge", "posterior matching")
 # What stands behind a row's name, up to a comma; {bank} is what connects.
 METHODS = {
     "chance": ("reference", "a random ranking, its exact expectation"),

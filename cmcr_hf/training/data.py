@@ -108,12 +108,12 @@ class Items:
         """Return items that are made of local files when they are read, such as the rows of an archive.
 
         Args:
-            items: each with a [`RemoteFile`] that names the file it is made of.
+            items: each with a path, or a [`RemoteFile`] that names the file it is made of.
             version: of how they are made, which counts as the size and the change time of the files do.
         """
         digest = hashlib.sha256(version.encode())
         for item in items:
-            status = os.stat(item.value.path)
+            status = os.stat(item.value.path if isinstance(item.value, RemoteFile) else item.value)
             digest.update(json.dumps([item.key, item.label, status.st_size, status.st_mtime_ns]).encode())
         made = cls([], modality, Path())
         made._parts = [_Made(items, digest.hexdigest())]
@@ -314,17 +314,25 @@ class _Stream:
             if spec.where and any(str(self._cell(row, column)) not in kept for column, kept in spec.where.items()):
                 continue
             label = _label(self._cell(row, spec.label)) if spec.label else None
-            for column in self._columns:
-                value = self._cell(row, column)
+            place = index if self.files == 1 else f"{file}-{index}"
+            for name, value in self._values(row):
                 if _is_empty(value):
                     continue
                 count += 1
                 if count > start:
-                    place = index if self.files == 1 else f"{file}-{index}"
-                    key = f"{spec.dataset}/{spec.split}/{place}/{column}"
+                    key = f"{spec.dataset}/{spec.split}/{place}/{name}"
                     yield Item(key, _text(spec, value, key) if self._modality == "text" else _located(value), label)
                 if count == spec.limit:
                     return
+
+    def _values(self, row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the cells of a row, of a list of texts each one."""
+        for column in self._columns:
+            cell = self._cell(row, column)
+            if self._modality == "text" and isinstance(cell, list):
+                yield from ((f"{column}/{place}", text) for place, text in enumerate(cell))
+            else:
+                yield column, cell
 
     def _named(self, rows: Iterable[dict[str, Any]], file: int) -> Iterator[dict[str, Any]]:
         """Yield rows, and name the file in what the many readers behind `datasets` raise of a damaged one."""

@@ -250,3 +250,109 @@ def test_gold_columns_lie_inside_the_matrix(gold: torch.Tensor) -> None:
 def test_gold_is_one_integer_a_row(gold: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="one true column"):
         pair_retrieval(torch.zeros(2, 12), gold)
+
+
+def several(rows: int, columns: int, most: int, seed: int) -> torch.Tensor:
+    """True columns of every row, between one and `most` of them, filled up with -1."""
+    generator = torch.Generator().manual_seed(seed)
+    gold = torch.stack([torch.randperm(columns, generator=generator)[:most] for _ in range(rows)])
+    counts = torch.randint(1, most + 1, (rows, 1), generator=generator)
+    return gold.masked_fill(torch.arange(most) >= counts, -1)
+
+
+def test_several_true_columns_match_the_mean_over_every_order_of_the_ties() -> None:
+    scores = torch.randint(3, (5, 6), generator=torch.Generator().manual_seed(9)).float()
+    gold = torch.cat([several(4, 6, 3, seed=1), torch.tensor([[0, 1, 5]])])
+    scores[4] = 1.0
+    values = retrieval.pair_values(scores, gold, (1, 2, 4))
+    for index, (row, columns) in enumerate(zip(scores.tolist(), gold.tolist(), strict=True)):
+        true = {column for column in columns if column >= 0}
+        orders = [
+            [column in true for column in order]
+            for order in permutations(range(6))
+            if all(row[left] >= row[right] for left, right in pairwise(order))
+        ]
+        for k in (1, 2, 4):
+            recall = sum(any(order[:k]) for order in orders) / len(orders)
+            assert values[f"R@{k}"][index].item() == pytest.approx(recall, abs=1e-12)
+        precision = sum(rank_metrics(order, ())["mAP"] for order in orders) / len(orders)
+        assert values["mAP"][index].item() == pytest.approx(precision, abs=1e-12)
+        rank = sum(1 + order.index(True) for order in orders) / len(orders)
+        assert values["rank"][index].item() == pytest.approx(rank, abs=1e-12)
+
+
+def test_one_true_column_in_a_wider_gold_is_that_alone() -> None:
+    scores = torch.randint(4, (30, 20), generator=torch.Generator().manual_seed(2)).float()
+    gold = torch.randint(20, (30,), generator=torch.Generator().manual_seed(3))
+    wide = torch.stack([torch.full((30,), -1), gold], 1)
+    assert pair_retrieval(scores, wide) == pytest.approx(pair_retrieval(scores, gold), abs=1e-12)
+
+
+def test_a_true_column_of_minus_infinity_is_last_and_not_missing() -> None:
+    scores = torch.tensor([[1.0, -torch.inf, 0.5]])
+    values = retrieval.pair_values(scores, torch.tensor([[1, -1]]), (1, 2, 3))
+    assert values["rank"].item() == 3
+    assert values["mAP"].item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "gold", [torch.tensor([[0, 0], [1, -1]]), torch.tensor([[0, 12], [1, -1]]), torch.tensor([[-1, -1], [1, 2]])]
+)
+def test_true_columns_are_inside_the_matrix_and_no_two_are_one(gold: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="at least one column and none twice"):
+        pair_retrieval(torch.zeros(2, 12), gold)
+
+
+def adversarial(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Scores without ties, since those are where scikit-learn takes another convention, but hard to tell apart."""
+    generator = torch.Generator().manual_seed(4)
+    order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(rows)]).double()
+    return {
+        "random": torch.randn(rows, columns, generator=generator, dtype=torch.float64),
+        "neighbours in floating point": 1 + order * 2.0**-52,
+        "of very different sizes": (order - columns / 2) * 10.0 ** (order - columns / 2).clamp(-30, 30),
+        "near zero": (order - columns / 2) * 5e-324,
+    }
+
+
+@pytest.mark.parametrize("kind", list(adversarial(1, 2)))
+def test_average_precision_and_recall_are_those_of_scikit_learn(kind: str) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, gold = adversarial(40, 50)[kind], several(40, 50, 5, seed=5)
+    relevant = torch.zeros(40, 51).scatter_(1, gold.masked_fill(gold < 0, 50), 1)[:, :50]
+    ranks = scores.argsort(1).argsort(1).numpy()
+    expected = [metrics.average_precision_score(own, row) for own, row in zip(relevant, ranks, strict=True)]
+    values = retrieval.pair_values(scores, gold, (1, 5, 10))
+    assert values["mAP"].tolist() == pytest.approx(expected, abs=1e-9)
+    # Of one true label, top-k accuracy is recall at k.
+    single = retrieval.pair_values(scores, gold[:, :1], (1, 5, 10))
+    for k in (1, 5, 10):
+        accuracy = metrics.top_k_accuracy_score(gold[:, 0], ranks, k=k, labels=range(50))
+        assert single[f"R@{k}"].mean().item() == pytest.approx(accuracy, abs=1e-9)
+    labelled = retrieval.relevance_values(scores, relevant.bool(), (1, 10))
+    assert labelled["mAP"].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_first_place_is_that_of_scikit_learns_coverage() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    # Coverage counts down to the last true label, which is the first one from below.
+    scores, gold = adversarial(30, 40)["random"], several(30, 40, 1, seed=6)
+    truth = torch.zeros(30, 40).scatter_(1, gold, 1).numpy()
+    values = retrieval.pair_values(scores, gold, (1,))
+    assert values["rank"].mean().item() == pytest.approx(metrics.coverage_error(truth, scores.numpy()), abs=1e-9)
+    # Ranking average precision takes the worst order of ties, so none are here.
+    expected = metrics.label_ranking_average_precision_score(truth, scores.numpy())
+    assert values["mAP"].mean().item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_chance_of_several_true_columns_is_the_mean_over_all_orders() -> None:
+    chance_of = retrieval.pair_chance(torch.tensor([2, 3]), 5, (1, 2))
+    for index, count in enumerate((2, 3)):
+        orders = list(permutations([True] * count + [False] * (5 - count)))
+        for k in (1, 2):
+            expected = sum(any(order[:k]) for order in orders) / len(orders)
+            assert chance_of[f"R@{k}"][index].item() == pytest.approx(expected)
+        precision = sum(rank_metrics(list(order), ())["mAP"] for order in orders) / len(orders)
+        assert chance_of["mAP"][index].item() == pytest.approx(precision)
+        rank = sum(1 + order.index(True) for order in orders) / len(orders)
+        assert chance_of["rank"][index].item() == pytest.approx(rank)

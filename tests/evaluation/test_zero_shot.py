@@ -4,6 +4,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,11 +13,10 @@ from sklearn import metrics
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
-from cmcr_hf.evaluation.classification import class_embeds
+from cmcr_hf.evaluation.classification import class_embeds, top_1_hits
 from cmcr_hf.evaluation.labelled import LabelledSet
 from cmcr_hf.evaluation.modelnet40 import CLASSES
 from cmcr_hf.evaluation.zero_shot import (
-    AUDIO_TEMPLATES,
     IMAGE_TEMPLATES,
     TEMPLATES,
     breakdowns,
@@ -100,6 +100,11 @@ def test_the_chance_of_average_precision_is_its_mean_over_random_scores() -> Non
     ]
     chance = measure(torch.rand(7, 3), data, resamples=0).metrics["chance"]["mAP"]
     assert np.mean(draws) == pytest.approx(chance, abs=0.015)
+
+
+def test_an_item_without_a_class_is_never_right() -> None:
+    scores = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    assert top_1_hits(scores, torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()).tolist() == [0.5, 0, 1]
 
 
 def test_a_single_class_is_always_right() -> None:
@@ -221,7 +226,7 @@ def write_audioset(folder: Path) -> None:
     lines = ["# made", "# num_ytids=5", "# YTID, start_seconds, end_seconds, positive_labels"]
     lines += [f'{name}, 0.000, 10.000, "{own}"' for name, own in zip(ids, labels, strict=True)]
     write(folder / "eval_segments.csv", "\n".join(lines))
-    write(folder / "class_labels_indices.csv", "index,mid,display_name\n0,/m/dog,Dog\n1,/m/cat,Cat\n2,/m/sea,Sea\n")
+    write(folder / "class_labels_indices.csv", "index,mid,display_name\n0,/m/dog,dog\n1,/m/cat,cat\n2,/m/sea,sea\n")
     for row, name in enumerate(ids[:4]):
         write(folder / "wav" / f"Y{name}.wav", clip(row))
 
@@ -312,6 +317,23 @@ def test_every_layout_runs_from_files_to_numbers(
     assert str(folder) not in page + json.dumps(found)
 
 
+def test_a_data_set_of_the_hub_s_form_is_measured(tiny_model: Path, folder: Path) -> None:
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dog", "sea", "cat"])}
+    )
+    rows = {"picture": [{"bytes": photo(row), "path": None} for row in range(4)], "kind": [0, 2, 0, 2]}
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "test-0.parquet")
+    options = ("--modality", "image", "--column", "picture", "--label", "kind", "--split", "test")
+    assert run(tiny_model, folder, "table", *options) == 0
+    found = result(folder)
+    assert found["data"]["items"] == {"items": 4, "classes": 2}
+    assert found["settings"]["names"] == ["cat", "dog"]
+    assert (folder.parent / "out" / "report.html").read_text().count("data:image/jpeg") == len(
+        found["best"] + found["worst"]
+    )
+
+
 def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
     tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +342,7 @@ def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
     out = capsys.readouterr().out
     assert out.startswith("zero-shot classification of ModelNet40: 40 items, 40 classes\n")
     assert "C-MCR (published)" in out
+    assert "Published numbers are of ULIP's 64" in out
     found = result(folder)
     assert set(found["metrics"]["model"]["zero-shot classification"]) == {"top-1", "top-3", "top-5", "class mean"}
     assert len(found["settings"]["templates"]) == 64
@@ -332,13 +355,15 @@ def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
 
 def test_the_numbers_are_those_of_the_model_itself(tiny_model: Path, folder: Path) -> None:
     write_esc50(folder)
-    assert run(tiny_model, folder, "esc-50") == 0
+    assert run(tiny_model, folder, "esc-50", "--template", "the {}", "--template", "{}") == 0
     model, processor = CMCRModel.from_pretrained(tiny_model), CMCRProcessor.from_pretrained(tiny_model)
     names = ["cat", "dog", "sea bell", "train"]
     with torch.inference_mode():
-        texts = model.get_text_features(**processor(text=[AUDIO_TEMPLATES[0].format(name) for name in names]))
+        prompts = [template.format(name) for name in names for template in ("the {}", "{}")]
+        texts = model.get_text_features(**processor(text=prompts))
         audio = model.get_audio_features(**processor(audio=[folder / "audio" / f"{row}.wav" for row in range(6)]))
-    scores = audio.pooler_output @ class_embeds(texts.pooler_output[:, None]).T
+    scores = audio.pooler_output @ class_embeds(texts.pooler_output.unflatten(0, (4, 2))).T
+    assert len(scores.unique()) == 24
     expected = measure(scores, labelled([[1], [0], [2], [1], [0], [3]], 4), resamples=0).metrics["model"]
     assert result(folder)["metrics"]["model"]["zero-shot classification"] == pytest.approx(expected)
 
@@ -382,6 +407,8 @@ def test_folds_names_templates_and_limits_reach_the_result(tiny_model: Path, fol
     assert run(tiny_model, folder, "esc-50", "--prompts", str(folder / "t.txt"), "--limit", "2") == 0
     found = result(folder)
     assert (found["data"]["items"]["items"], found["settings"]["templates"]) == (2, ["the {}"])
+    # Those are of all clips.
+    assert found["published"] == []
 
 
 def test_names_of_a_file_replace_those_of_the_folders(tiny_model: Path, folder: Path) -> None:
@@ -399,8 +426,25 @@ def test_missing_clips_are_listed_counted_and_left_out(
 ) -> None:
     write_audioset(folder)
     assert run(tiny_model, folder, "audioset") == 0
-    assert "1 of 5 items are not there and left out." in capsys.readouterr().out
+    assert "1 of 5 items are not there and are left out." in capsys.readouterr().out
     assert result(folder)["data"]["missing"] == ["4bcdefghijk"]
+
+
+def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_audioset(folder)
+    write(folder / "wav" / "Y1bcdefghijk.wav", b"RIFF of nothing")
+    for _ in range(2):
+        assert run(tiny_model, folder, "audioset", "--template", "{}") == 0
+        assert "1 of 5 items cannot be read and are left out." in capsys.readouterr().out
+    found = result(folder)
+    assert found["data"]["unreadable"] == ["wav/Y1bcdefghijk.wav"]
+    assert found["data"]["items"] == {"items": 3, "classes": 3}
+    own = {"wav/Y0bcdefghijk.wav": "dog", "wav/Y2bcdefghijk.wav": "sea", "wav/Y3bcdefghijk.wav": "cat"}
+    shown = [case["query"] for case in found["best"] + found["worst"]]
+    assert shown
+    assert all(query["label"] == own[query["name"]] for query in shown)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.training import data
-from cmcr_hf.training.data import Items
+from cmcr_hf.training.data import Item, Items, RemoteFile
 from cmcr_hf.training.recipe import DataSpec
 
 
@@ -38,6 +38,28 @@ def pictures(tmp_path):
         write_image(tmp_path / "pictures" / name)
     (tmp_path / "pictures" / "a" / "notes.txt").write_text("no picture")
     return tmp_path
+
+
+# Lists
+
+
+def test_items_that_are_made_of_a_file_are_other_ones_once_it_or_their_making_changes(tmp_path):
+    path = tmp_path / "archive"
+    path.write_bytes(b"0123")
+    rows = [
+        Item(str(row), RemoteFile(str(path), lambda row=row: path.read_bytes()[row : row + 1])) for row in range(4)
+    ]
+
+    def made(version="first"):
+        return Items.made("audio", rows, version)
+
+    before = made()
+    assert before.fingerprint == made().fingerprint != made("second").fingerprint
+    assert [item.value.fetch() for item in before] == [b"0", b"1", b"2", b"3"]
+    parts = before.parts(3)
+    assert [[item.key for item in part.read(1)] for part in parts] == [["1", "2"], []]
+    path.write_bytes(b"01234")
+    assert made().fingerprint != before.fingerprint
 
 
 # Folders
@@ -448,9 +470,10 @@ def test_a_data_set_whose_where_keeps_nothing_is_refused_at_its_end(shards):
         list(stream(shards, "text", column="caption", where={"kind": ["cow"]}))
 
 
-def test_a_column_of_lists_is_no_column_of_texts(shards):
-    with pytest.raises(ValueError, match=r"Expected a text in stand-in/train/0-0/captions, got \['a', 'b'\]"):
-        list(stream(shards, "text", column="captions"))
+def test_a_list_of_texts_in_a_cell_is_an_item_each(shards):
+    items = list(stream(shards, "text", column="captions"))
+    assert [item.key for item in items][:2] == [f"stand-in/train/0-0/captions/{place}" for place in (0, 1)]
+    assert [item.value for item in items][:2] == ["a", "b"]
 
 
 def test_columns_that_only_the_rows_tell_are_checked_there(tmp_path):

@@ -1,0 +1,274 @@
+"""The retrieval task: rank the items of either side of a paired set by a model, beside what needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..training.data import Item, Items
+from .baselines import TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
+from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
+from .embedding import EvaluatedModel
+from .pairs import PairedSet
+from .result import CHANCE, MODEL, Case, Metrics, Published, Shown, number, said
+from .retrieval import expected_average_precision, pair_chance, pair_values, relevance_values
+
+MEAN = "mean of both directions"
+BY_CLASS = ", by class"
+PAIR_KS, CLASS_KS = (1, 5, 10), (1, 10)
+_FREEBIND = "FreeBind (arXiv 2405.04883), tables 3 and 4, the mean of both directions"
+_NUMBERS = {
+    "audiocaps": (
+        ("C-MCR", 0.1576, 0.4137),
+        ("Ex-MCR", 0.1907, 0.4705),
+        ("ImageBind", 0.0924, 0.2747),
+        ("WAV2CLIP", 0.0088, 0.0422),
+        ("AudioCLIP", 0.0353, 0.1130),
+    ),
+    "vgg-ss": (
+        ("C-MCR", 0.0194, 0.0769),
+        ("Ex-MCR", 0.0213, 0.0813),
+        ("ImageBind", 0.1482, 0.3567),
+        ("WAV2CLIP", 0.0251, 0.0928),
+        ("AudioCLIP", 0.0125, 0.0391),
+    ),
+    "flickr-soundnet": (
+        ("C-MCR", 0.0139, 0.0597),
+        ("Ex-MCR", 0.0157, 0.0594),
+        ("ImageBind", 0.0768, 0.2079),
+        ("WAV2CLIP", 0.0082, 0.0341),
+        ("AudioCLIP", 0.0137, 0.0491),
+    ),
+    "coco": (
+        ("C-MCR", 0.1667, 0.3704),
+        ("Ex-MCR", 0.4024, 0.6478),
+        ("ImageBind", 0.5728, 0.7954),
+        ("WAV2CLIP", 0.4024, 0.6478),
+        ("AudioCLIP", 0.1751, 0.3750),
+    ),
+}
+PUBLISHED = {
+    layout: [Published(model, {MEAN: {"R@1": first, "R@5": fifth}}, _FREEBIND) for model, first, fifth in rows]
+    for layout, rows in _NUMBERS.items()
+}
+# Scores of one block, 128 MB in float32, and those that are ranked at once.
+_SCORED, _RANKED = 2**25, 2**21
+CASES, FOUND = 8, 5
+
+
+@dataclass
+class Ranked:
+    """What the rankings of all methods gave.
+
+    Args:
+        metrics, intervals: as those of an [`EvaluationResult`].
+        precision: average precision of every query of the first side with the model, `(items,)`.
+    """
+
+    metrics: dict[str, dict[str, dict[str, float]]]
+    intervals: dict[str, dict[str, Intervals]]
+    precision: torch.Tensor
+
+
+def build_scorers(
+    model: EvaluatedModel, data: PairedSet, *, bank: Items | None = None, text_space: str | None = None
+) -> dict[str, tuple[Scorer, Scorer]]:
+    """Embed both sides, and return the model and what there is to compare with it as functions that score.
+
+    Of sides that lie in one source space, that source alone; of others the cosine as if their spaces were one, where
+    their widths agree, the baselines over a bank, and, for texts, the source of the other side alone, where it has a
+    text tower: there, the modalities were paired in training.
+
+    Args:
+        bank: items of a modality that both spaces have.
+        text_space: of the texts; by default that of the model.
+
+    Raises:
+        ValueError: a space does not embed the bank.
+    """
+    config, modalities = model.model.config, data.modalities
+    spaces = [config.space_of(each, text_space if each == "text" else None) for each in modalities]
+    first, second = (model.source_embeds(part, space) for part, space in zip(data.sides, spaces, strict=True))
+    scorers: dict[str, tuple[Scorer, Scorer]] = {}
+    if spaces[0] == spaces[1]:
+        scorers[f"{spaces[0]} alone"] = (inner_scorer(first, second), inner_scorer(second, first))
+    elif bank is not None:
+        for space in spaces:
+            if bank.modality not in config.modalities_of(space):
+                raise ValueError(
+                    f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
+                    f"{bank.modality} items. Name a bank of what both sources embed."
+                )
+        banks = [model.source_embeds(bank, space) for space in spaces]
+        names: list[torch.Tensor] = []
+        if data.class_names and bank.modality == "text":
+            words = Items.listed("text", [name.replace("_", " ") for name in data.class_names])
+            names = [model.source_embeds(words, space) for space in spaces]
+        scorers |= baseline_scorers(first, second, *banks, *names)
+    elif first.shape[1] == second.shape[1]:
+        scorers["unconnected"] = (inner_scorer(first, second), inner_scorer(second, first))
+    for side, own in enumerate(modalities):
+        native = spaces[1 - side]
+        if own == "text" and spaces[0] != spaces[1] and "text" in config.modalities_of(native):
+            sources = [second, second] if side == 0 else [first, first]
+            sources[side] = model.source_embeds(data.sides[side], native)
+            scorers[f"{native} alone"] = (inner_scorer(*sources), inner_scorer(*sources[::-1]))
+    a, b = (
+        model.project(embeds, modality, space)
+        for embeds, modality, space in zip((first, second), modalities, spaces, strict=True)
+    )
+    return {**scorers, MODEL: (inner_scorer(a, b), inner_scorer(b, a))}
+
+
+def measure_rankings(
+    data: PairedSet, scorers: Mapping[str, tuple[Scorer, Scorer]], *, resamples: int = 1000, seed: int = 0
+) -> Ranked:
+    """Measure every method in both directions: pairs, their mean, and classes where there are any."""
+    ranked = Ranked({}, {}, torch.empty(0))
+    ks = [tuple(k for k in PAIR_KS if k <= data.sizes[1 - side]) for side in (0, 1)]
+    for method in (CHANCE, *scorers):
+        metrics = ranked.metrics.setdefault(method, {})
+        intervals = ranked.intervals.setdefault(method, {})
+        for side in (0, 1):
+            direction = "_to_".join((data.modalities[side], data.modalities[1 - side]))
+            values = (
+                _chance_values(data, side, ks[side])
+                if method == CHANCE
+                else _values(data, side, scorers[method][side], ks[side])
+            )
+            groups = _query_groups(data, side)
+            for suffix, found in values.items():
+                metrics[direction + suffix] = _summary(found)
+                if method != CHANCE:
+                    options = {"resamples": resamples, "seed": seed}
+                    intervals[direction + suffix] = _summary_intervals(found, groups, **options)
+            if method == MODEL and side == 0:
+                ranked.precision = next(iter(values.values()))["mAP"]
+        if data.pairs is not None:
+            there, back = (metrics["_to_".join(names)] for names in (data.modalities, data.modalities[::-1]))
+            metrics[MEAN] = {
+                name: (there[name] + back[name]) / 2 for name in there if name in back and name != "median rank"
+            }
+    return ranked
+
+
+def _values(data: PairedSet, side: int, scorer: Scorer, ks: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what the metrics of a direction are made of, `(queries,)` each, by the suffix of their group."""
+    queries, gallery = data.sizes[side], data.sizes[1 - side]
+    gold = None if data.pairs is None else data.gold(side)
+    scored, ranked = max(1, _SCORED // gallery), max(1, _RANKED // gallery)
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for begin in range(0, queries, scored):
+        for place, scores in enumerate(scorer(slice(begin, begin + scored)).split(ranked)):
+            rows = slice(begin + place * ranked, begin + place * ranked + len(scores))
+            if gold is not None:
+                parts.setdefault("", []).append(pair_values(scores, gold[rows], ks))
+            if data.classes is not None:
+                values = relevance_values(scores, data.same_class(side, rows), _class_ks(data))
+                parts.setdefault(_class_suffix(data), []).append(values)
+    return {
+        suffix: {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        for suffix, found in parts.items()
+    }
+
+
+def _chance_values(data: PairedSet, side: int, ks: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what `_values` gives on average for random rankings."""
+    queries, gallery = data.sizes[side], data.sizes[1 - side]
+    values = {} if data.pairs is None else {"": pair_chance((data.gold(side) >= 0).sum(1), gallery, ks)}
+    if data.classes is not None:
+        step = max(1, _SCORED // gallery)
+        blocks = (slice(begin, begin + step) for begin in range(0, queries, step))
+        relevant = torch.cat([data.same_class(side, rows).sum(1) for rows in blocks]).double()
+        found = {f"P@{k}": relevant / gallery for k in _class_ks(data)}
+        values[_class_suffix(data)] = found | {"mAP": expected_average_precision(relevant, gallery)}
+    return values
+
+
+def _class_ks(data: PairedSet) -> tuple[int, ...]:
+    return tuple(k for k in CLASS_KS if k <= min(data.sizes))
+
+
+def _class_suffix(data: PairedSet) -> str:
+    return "" if data.pairs is None else BY_CLASS
+
+
+def _query_groups(data: PairedSet, side: int) -> torch.Tensor | None:
+    """Return which queries are drawn together: the texts of one item."""
+    if data.modalities[side] != "text" or data.pairs is None:
+        return None
+    groups: torch.Tensor = data.gold(side)[:, 0].unique(return_inverse=True)[1]
+    return groups
+
+
+def _summary(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    means = {name: rows.mean().item() for name, rows in values.items() if name != "rank"}
+    return means | ({"median rank": values["rank"].quantile(0.5).item()} if "rank" in values else {})
+
+
+def _summary_intervals(
+    values: Mapping[str, torch.Tensor], groups: torch.Tensor | None, *, resamples: int, seed: int
+) -> Intervals:
+    options = {"resamples": resamples, "seed": seed}
+    means = {name: rows for name, rows in values.items() if name != "rank"}
+    found = bootstrap_means(means, groups=groups, **options)
+    if "rank" in values:
+        ranks = values["rank"]
+        items = len(ranks) if groups is None else groups
+        found |= bootstrap_statistic(lambda rows: {"median rank": ranks[rows].quantile(0.5).item()}, items, **options)
+    return found
+
+
+def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
+    """Return a sentence for each direction in which a bridge, which needs no training, ranks better than the model."""
+    sentences = []
+    for group, values in metrics[MODEL].items():
+        rivals = {name: metrics[name][group]["mAP"] for name in TRAINING_FREE if group in metrics.get(name, {})}
+        best = max(rivals, key=lambda name: rivals[name], default=None)
+        if best is not None and group != MEAN and values["mAP"] < rivals[best]:
+            sentences.append(
+                f"{said(group)}: the model's mAP of {number(values['mAP'])} is below the {number(rivals[best])} of "
+                f"{best}, which needs no training, but the bank at every query."
+            )
+    return sentences
+
+
+def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
+    """Return the queries of the first side that are answered best and worst, with what is ranked first for them."""
+    order = precision.argsort(descending=True, stable=True).tolist()
+    chosen = [order[:CASES], order[::-1][: min(CASES, len(order) - CASES)]]
+    found: dict[int, tuple[list[int], list[float], set[int]]] = {}
+    for row in [row for part in chosen for row in part]:
+        scores = scorer(slice(row, row + 1))[0]
+        right = data.right(0, row)
+        first = scores.sort(descending=True, stable=True).indices[:FOUND].tolist()
+        if not right & set(first):
+            # What should have been found stands last.
+            first = [*first[: FOUND - 1], max(right, key=lambda place: scores[place].item())]
+        found[row] = (first, scores[first].tolist(), right)
+    queries = _items(data.sides[0], set(found))
+    results = _items(data.sides[1], {place for first, _, _ in found.values() for place in first})
+
+    def case(row: int) -> Case:
+        first, scores, right = found[row]
+        query = Shown(data.modalities[0], queries[row].value, queries[row].key, _label(data, 0, row))
+        shown = [
+            Shown(data.modalities[1], item.value, item.key, _label(data, 1, place), score, place in right)
+            for place, score in zip(first, scores, strict=True)
+            for item in [results[place]]
+        ]
+        return Case(query, precision[row].item(), shown, note="the score is the average precision")
+
+    return [case(row) for row in chosen[0]], [case(row) for row in chosen[1]]
+
+
+def _label(data: PairedSet, side: int, row: int) -> str | None:
+    if data.classes is None:
+        return None
+    return ", ".join(data.class_names[place] for place in data.classes[side][row].nonzero()[:, 0].tolist())
+
+
+def _items(items: Items, rows: set[int]) -> dict[int, Item]:
+    return {row: item for row, item in enumerate(items) if row in rows}

@@ -1,0 +1,459 @@
+"""Pairs to retrieve from each other: tables and data sets of one's own, and benchmarks as they are published.
+
+No benchmark comes with this package, and none is downloaded. Where a row names a file, equal names are one item, so
+that an image with five captions in five rows is one image. A caption is an item of its own row, also where its words
+are those of another: as in the published protocols, only its own picture is right, and the two rank as ties. Rows
+without a name or a text on either side are passed over and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.data import SUFFIXES, Items, is_table, load_table
+from ..training.recipe import DataSpec
+
+AVE = (
+    "Annotations.txt of github.com/YapengTian/AVE-ECCV18 (lines Category&VideoID&Quality&StartTime&EndTime), and of "
+    "the videos in its AVE.zip, which are not read themselves, frames/VIDEOID.jpg and audio/VIDEOID.wav: the frame in "
+    "the middle (ffmpeg -ss 5 -i VIDEOID.mp4 -frames:v 1 frames/VIDEOID.jpg) and all of the sound (ffmpeg -i "
+    "VIDEOID.mp4 -vn audio/VIDEOID.wav)"
+)
+SOUNDING = (
+    "{lists} of github.com/hche11/Localizing-Visual-Sounds-the-Hard-Way (metadata), or --list FILE, whose first "
+    "column has the names, and frames/NAME.jpg and audio/NAME.wav: the middle frame and the sound of the ten seconds "
+    "of {of}"
+)
+AUDIOCAPS = (
+    "{split}.csv of github.com/cdjkim/audiocaps (dataset; columns audiocap_id, youtube_id, start_time, caption), and "
+    "in audio the ten seconds of AudioSet from start_time on, which are not part of AudioCaps: YOUTUBEID.wav, "
+    "YOUTUBEID_START.wav, YYOUTUBEID.wav or AUDIOCAPID.wav, other formats of audio too"
+)
+CLOTHO = (
+    "clotho_captions_{split}.csv and the folder {split} of clotho_audio_{split}.7z, both of "
+    "zenodo.org/records/4783391 (Clotho 2.1; columns file_name, caption_1 to caption_5)"
+)
+COCO = (
+    "dataset_coco.json of the Karpathy split (cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip) or "
+    "annotations/captions_val2014.json or captions_val2017.json, and the folders of images it names (train2014, "
+    "val2014, val2017), all of cocodataset.org/#download"
+)
+
+
+@dataclass
+class PairedSet:
+    """Items of two modalities and which of them belong together.
+
+    Args:
+        sides: the items, of two modalities.
+        pairs: `(pairs, 2)` rows of both sides that belong together; every item is in one. None where items are right
+            for each other by their classes alone.
+        classes: of each side, `(items, classes)` bool, where items have classes, and their names.
+        missing: rows whose files are not there.
+        empty: rows without a name or a text on a side.
+    """
+
+    name: str
+    sides: tuple[Items, Items]
+    pairs: torch.Tensor | None
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None
+    class_names: Sequence[str] = ()
+    missing: int = 0
+    empty: int = 0
+    licence: str | None = None
+
+    @property
+    def modalities(self) -> tuple[str, str]:
+        """What the sides are."""
+        return self.sides[0].modality, self.sides[1].modality
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many items the sides have; of a data set that is streamed, only the pairs tell."""
+        if self.classes is not None:
+            return len(self.classes[0]), len(self.classes[1])
+        if self.pairs is None:
+            raise ValueError("Got neither pairs nor classes, expected one of them; pass pairs=.")
+        first, second = (self.pairs.amax(0) + 1).tolist()
+        return first, second
+
+    def gold(self, side: int) -> torch.Tensor:
+        """Return the rows of the other side that belong to each of this one's, `(items, most)`, filled up with -1."""
+        if self.pairs is None:
+            raise ValueError(f"{self.name} has no pairs, only classes. Use right().")
+        pairs = self.pairs[self.pairs[:, side].argsort(stable=True)]
+        counts = torch.bincount(pairs[:, side])
+        place = torch.arange(len(pairs)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        gold = torch.full((len(counts), int(counts.max())), -1)
+        gold[pairs[:, side], place] = pairs[:, 1 - side]
+        return gold
+
+    def same_class(self, side: int, rows: slice) -> torch.Tensor:
+        """Return whether rows of a side have a class in common with each of the other side's, bool `(rows, items)`."""
+        if self.classes is None:
+            raise ValueError(f"{self.name} has no classes, expected some; pass classes=.")
+        return self.classes[side][rows].float() @ self.classes[1 - side].float().T > 0
+
+    def right(self, side: int, row: int) -> set[int]:
+        """Return the rows of the other side that are right for one of this one's, by pairs, else by class."""
+        if self.pairs is None:
+            return set(self.same_class(side, slice(row, row + 1))[0].nonzero()[:, 0].tolist())
+        return set(self.pairs[self.pairs[:, side] == row, 1 - side].tolist())
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result says of the data."""
+        nouns = {"audio": "clips", "image": "images", "text": "texts", "point_cloud": "clouds"}
+        counts = {nouns[modality]: size for modality, size in zip(self.modalities, self.sizes, strict=True)}
+        fingerprint = {part.modality: part.fingerprint for part in self.sides}
+        if self.pairs is not None:
+            fingerprint["pairs"] = hashlib.sha256(self.pairs.numpy().tobytes()).hexdigest()
+        return {
+            "name": self.name,
+            "items": {**counts, **({"classes": len(self.class_names)} if self.class_names else {})},
+            "fingerprint": fingerprint,
+            "missing": self.missing,
+            "empty": self.empty,
+            "licence": self.licence,
+        }
+
+
+class _Rows:
+    """Rows of two names or texts and perhaps classes, gathered into a `PairedSet`."""
+
+    def __init__(
+        self, modalities: tuple[str, str], folders: tuple[Path | None, Path | None], limit: int | None
+    ) -> None:
+        self.modalities, self.folders, self.limit = modalities, folders, limit
+        self.names: tuple[list[str], list[str]] = ([], [])
+        self.pairs: dict[tuple[int, int], None] = {}
+        self.empty = self.missing = 0
+        self._rows: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._labels: tuple[dict[int, set[str]], dict[int, set[str]]] = (defaultdict(set), defaultdict(set))
+        # The limit counts what has several captions, not those.
+        self._counted = 1 if modalities[0] == "text" else 0
+
+    def add(self, first: Any, second: Any, labels: Iterable[Any] = ()) -> None:
+        cells = [cell if isinstance(cell, str) else "" if cell is None else str(cell) for cell in (first, second)]
+        if not all(cell.strip() for cell in cells):
+            self.empty += 1
+            return
+        counted = cells[self._counted]
+        if self.limit and len(self.names[self._counted]) >= self.limit and counted not in self._rows[self._counted]:
+            return
+        pair = [self._row(side, cell) for side, cell in enumerate(cells)]
+        self.pairs[pair[0], pair[1]] = None
+        for side, row in enumerate(pair):
+            self._labels[side][row].update(str(label) for label in labels if label not in (None, ""))
+
+    def _row(self, side: int, cell: str) -> int:
+        names, rows = self.names[side], self._rows[side]
+        if self.modalities[side] == "text" or cell not in rows:
+            rows[cell] = len(names)
+            names.append(cell)
+        return rows[cell]
+
+    def gather(self, name: str, remedy: str, licence: str | None = None) -> PairedSet:
+        if not self.pairs:
+            counts = f"{self.missing} rows without their files and {self.empty} empty ones"
+            raise ValueError(f"There is no pair in {name}, but {counts}. {remedy}")
+        sides = [
+            Items.listed(modality, names, folder)
+            for modality, names, folder in zip(self.modalities, self.names, self.folders, strict=True)
+        ]
+        labels = [[self._labels[side][row] for row in range(len(names))] for side, names in enumerate(self.names)]
+        classes, class_names = _classes(labels)
+        return PairedSet(
+            name=name,
+            sides=(sides[0], sides[1]),
+            pairs=torch.tensor(list(self.pairs)),
+            classes=classes,
+            class_names=class_names,
+            missing=self.missing,
+            empty=self.empty,
+            licence=licence,
+        )
+
+
+def _classes(labels: Sequence[Sequence[set[str]]]) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[str]]:
+    """Number the classes of both sides alike; None where an item has none."""
+    if not all(own for side in labels for own in side):
+        return None, []
+    names = sorted({name for side in labels for own in side for name in own})
+    number = {name: place for place, name in enumerate(names)}
+    found = [torch.zeros(len(side), len(names), dtype=torch.bool) for side in labels]
+    for side, members in zip(labels, found, strict=True):
+        for row, own in enumerate(side):
+            members[row, [number[name] for name in own]] = True
+    return (found[0], found[1]), names
+
+
+def load_pairs(
+    data: str,
+    columns: Sequence[tuple[str, str]],
+    *,
+    files: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+) -> PairedSet:
+    """Read pairs from the columns of a table or a data set.
+
+    Args:
+        data: a table (.csv, .tsv, .jsonl, .parquet), or a data set for `datasets.load_dataset`, an id or a folder.
+        columns: what is in them: two of `image`, `audio`, `point_cloud` and `text`, and perhaps `class`. Several
+            columns, or a list in a cell, are several captions of one row.
+        files: folder that the file names of a table are relative to; the table's own by default.
+
+    Raises:
+        ValueError: a column is missing, or a file is; names it.
+    """
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for kind, column in columns:
+        by_kind[kind].append(column)
+    label = by_kind.pop("class", [])
+    if len(by_kind) != 2 or len(label) > 1 or not set(by_kind) <= {*SUFFIXES, "text"}:
+        raise ValueError(
+            f"Expected the columns of two of image, audio, point_cloud and text and of one class at most, got "
+            f"{', '.join(f'{kind}={column}' for kind, column in columns)}. Write --columns image=FILE text=CAPTION."
+        )
+    first, second = by_kind
+    if not is_table(data):
+        return _load_data_set(data, by_kind, label[0] if label else None, config, split, limit)
+    path = Path(data)
+    table = load_table(path)
+    for column in [*by_kind[first], *by_kind[second], *label]:
+        if column not in table:
+            raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(table)}.")
+    folder = Path(files) if files else path.parent
+    rows = _Rows((first, second), tuple(None if kind == "text" else folder for kind in by_kind), limit)  # type: ignore[arg-type]
+    for row in range(len(table[by_kind[first][0]])):
+        own = [table[label[0]][row]] if label else []
+        for one in _cells(table, by_kind[first], row):
+            for other in _cells(table, by_kind[second], row):
+                rows.add(one, other, own)
+    return rows.gather(path.name, "Check the columns.")
+
+
+def _cells(table: dict[str, list[Any]], columns: Sequence[str], row: int) -> list[Any]:
+    """Return what the columns of a row hold, of several or a list what is not empty."""
+    cells = [table[column][row] for column in columns]
+    spread = [part for cell in cells for part in (cell if isinstance(cell, list) else [cell])]
+    kept = [cell for cell in spread if cell is not None and str(cell).strip()]
+    return kept or [None]
+
+
+def _load_data_set(
+    data: str, by_kind: dict[str, list[str]], label: str | None, config: str | None, split: str, limit: int | None
+) -> PairedSet:
+    """Read pairs from a data set: media stay in it and are read when they are embedded, texts are held in memory."""
+    sides: list[Items] = []
+    places: list[list[str]] = []
+    labels: list[list[set[str]]] = []
+    for kind, columns in by_kind.items():
+        # With any limit, rows are numbered through all files of the data set.
+        most = limit if kind != "text" or limit is None else sys.maxsize
+        spec = DataSpec(dataset=data, column=columns, config=config, split=split, label=label, limit=most)
+        items = Items([spec], kind, Path())
+        found = [(item.key, item.value, item.label) for item in items] if kind == "text" else None
+        keyed = found or [(item.key, None, item.label) for item in items]
+        places.append([key.removeprefix(f"{data}/{split}/").split("/")[0] for key, _, _ in keyed])
+        labels.append([set() if own is None else {own} for _, _, own in keyed])
+        sides.append(items if found is None else Items.listed("text", [str(value) for _, value, _ in found]))
+    return _align(Path(data).name, sides, places, labels)
+
+
+def _align(name: str, sides: list[Items], places: list[list[str]], labels: list[list[set[str]]]) -> PairedSet:
+    """Pair the items of two sides that are of one row, and leave out texts that no item of the other side has."""
+    both = set(places[0]) & set(places[1])
+    empty = len(set(places[0]) ^ set(places[1]))
+    for side, items in enumerate(sides):
+        kept = [row for row, place in enumerate(places[side]) if place in both]
+        if len(kept) == len(places[side]):
+            continue
+        if items.modality != "text":
+            raise ValueError(
+                f"{name} has {len(places[side]) - len(kept)} rows with {items.modality} alone. Fill in the other "
+                "column, or remove the rows."
+            )
+        texts = [str(item.value) for item in items]
+        sides[side] = Items.listed("text", [texts[row] for row in kept])
+        places[side], labels[side] = [places[side][row] for row in kept], [labels[side][row] for row in kept]
+        # Behind a limit, a text is not missing its item.
+        empty = 0
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, place in enumerate(places[1]):
+        rows_of[place].append(row)
+    pairs = [(row, other) for row, place in enumerate(places[0]) for other in rows_of[place]]
+    if not pairs:
+        raise ValueError(f"There is no pair in {name}. Check the columns.")
+    classes, class_names = _classes(labels)
+    return PairedSet(name, (sides[0], sides[1]), torch.tensor(pairs), classes, class_names, empty=empty)
+
+
+def load_folders(images: Path, audio: Path, label: str, limit: int | None = None) -> PairedSet:
+    """Read a folder of images and one of audio files, whose classes are their folders' names or their own.
+
+    Nothing is paired: every item of a class is right for every other one.
+
+    Args:
+        label: `parent` or `stem`.
+
+    Raises:
+        ValueError: a folder has no such files, or a class has none on one side.
+    """
+    from .connection import check_classes
+
+    sides = [
+        Items([DataSpec(folder=str(folder), label=label, limit=limit)], modality, Path())
+        for modality, folder in (("audio", audio), ("image", images))
+    ]
+    labels = [[{str(item.label)} for item in side] for side in sides]
+    first, second = ([min(own) for own in side] for side in labels)
+    check_classes(first, second)
+    return PairedSet("folders", (sides[0], sides[1]), None, *_classes(labels))
+
+
+def load_ave(folder: Path, *, limit: int | None = None) -> PairedSet:
+    """Read AVE (Tian et al., 2018): 4,143 events in 4,097 videos, each of which is a pair with all its categories."""
+    remedy = f"{str(folder)!r} has to hold {AVE}."
+    try:
+        lines = (folder / "Annotations.txt").read_text(encoding="utf-8").splitlines()
+        # The first line names the fields.
+        events = [line.split("&") for line in lines[1:] if line.strip()]
+        entries = [(video, category) for category, video, _, _, _ in events]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected AVE. {remedy} ({error})") from error
+    return _sounding("AVE", folder, entries, remedy, limit)
+
+
+def load_sounding(
+    name: str, folder: Path, lists: Sequence[str], of: str, *, chosen: Path | None = None, limit: int | None = None
+) -> PairedSet:
+    """Read Flickr-SoundNet (Aytar et al., 2016) or VGG-SS (Chen et al., 2021): a list of names, `frames` and `audio`.
+
+    Args:
+        lists: files of the names, of which the first that is there is read: .csv, or .json with classes.
+        of: data set that the frames and the sounds are of.
+        chosen: another list.
+    """
+    remedy = f"{str(folder)!r} has to hold {SOUNDING.format(lists=' or '.join(lists), of=of)}."
+    path = chosen or next((folder / each for each in lists if (folder / each).is_file()), folder / lists[0])
+    entries: list[tuple[str, str | None]] = []
+    try:
+        if path.suffix == ".json":
+            entries = [(entry["file"], entry["class"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        else:
+            with path.open(encoding="utf-8", newline="") as file:
+                entries = [(row[0], None) for row in csv.reader(file) if row]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"Expected {name}. {remedy} ({error})") from error
+    return _sounding(name, folder, entries, remedy, limit)
+
+
+def _sounding(
+    name: str, folder: Path, entries: Iterable[tuple[str, str | None]], remedy: str, limit: int | None
+) -> PairedSet:
+    sounds, frames = _by_stem(folder / "audio", "audio"), _by_stem(folder / "frames", "image")
+    rows = _Rows(("audio", "image"), (folder / "audio", folder / "frames"), limit)
+    for stem, label in entries:
+        if stem in sounds and stem in frames:
+            rows.add(sounds[stem], frames[stem], [label])
+        else:
+            rows.missing += 1
+    return rows.gather(name, remedy, "research only")
+
+
+def _by_stem(folder: Path, modality: str) -> dict[str, str]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.stem: path.name for path in paths if path.suffix.lower() in SUFFIXES[modality]}
+
+
+def load_audiocaps(folder: Path, split: str = "test", *, limit: int | None = None) -> PairedSet:
+    """Read AudioCaps (Kim et al., 2019): of its test split 975 clips with five captions each, a row a caption."""
+    remedy = f"{str(folder)!r} has to hold {AUDIOCAPS.format(split=split)}."
+    path = folder / f"{split}.csv"
+    try:
+        table = load_table(path)
+        entries = list(
+            zip(*(table[name] for name in ("audiocap_id", "youtube_id", "start_time", "caption")), strict=True)
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"Expected AudioCaps. {remedy} ({error})") from error
+    clips = _by_stem(folder / "audio", "audio")
+    rows = _Rows(("audio", "text"), (folder / "audio", None), limit)
+    found: dict[tuple[str, str], str] = {}
+    # First of all rows: a clip may be named by the number of any of its captions.
+    for number, video, start, _ in entries:
+        for name in (f"{video}_{start}", video, f"Y{video}", str(number)):
+            if name in clips:
+                found.setdefault((video, start), clips[name])
+    for _, video, start, caption in entries:
+        if (video, start) in found:
+            rows.add(found[video, start], caption)
+        else:
+            rows.missing += 1
+    return rows.gather("AudioCaps", remedy, "MIT (the captions)")
+
+
+def load_clotho(folder: Path, split: str = "evaluation", *, limit: int | None = None) -> PairedSet:
+    """Read Clotho (Drossos et al., 2020): of its evaluation split 1,045 clips with five captions each."""
+    remedy = f"{str(folder)!r} has to hold {CLOTHO.format(split=split)}."
+    try:
+        table = load_table(folder / f"clotho_captions_{split}.csv")
+        captions = [table[f"caption_{number}"] for number in range(1, 6)]
+        names = table["file_name"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"Expected Clotho. {remedy} ({error})") from error
+    rows = _Rows(("audio", "text"), (folder / split, None), limit)
+    for name, *own in zip(names, *captions, strict=True):
+        if (folder / split / name).is_file():
+            for caption in own:
+                rows.add(name, caption)
+        else:
+            rows.missing += 1
+    return rows.gather("Clotho", remedy, "Tampere University licence, research only")
+
+
+def load_coco(folder: Path, split: str = "test", *, limit: int | None = None) -> PairedSet:
+    """Read COCO captions: a Karpathy split (of `test`, 5,000 images), or the official validation captions.
+
+    An image has five captions, some have six or seven, all of which count: 25,010 of the Karpathy test split.
+    """
+    remedy = f"{str(folder)!r} has to hold {COCO}."
+    official = [folder / "annotations" / f"captions_val{year}.json" for year in (2014, 2017)]
+    karpathy = folder / "dataset_coco.json"
+    path = next((each for each in (karpathy, *official) if each.is_file()), None)
+    try:
+        if path is None:
+            raise ValueError("there is none of these files")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if path == karpathy:
+            chosen = [image for image in document["images"] if image["split"] == split]
+            entries = [
+                (f"{image['filepath']}/{image['filename']}", sentence["raw"])
+                for image in chosen
+                for sentence in image["sentences"]
+            ]
+        else:
+            place = path.stem.removeprefix("captions_")
+            files = {image["id"]: f"{place}/{image['file_name']}" for image in document["images"]}
+            entries = [(files[entry["image_id"]], entry["caption"]) for entry in document["annotations"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected COCO captions. {remedy} ({error!s:.200})") from error
+    rows = _Rows(("image", "text"), (folder, None), limit)
+    there = {name for name in dict.fromkeys(name for name, _ in entries) if (folder / name).is_file()}
+    rows.missing = len({name for name, _ in entries} - there)
+    for name, caption in entries:
+        if name in there:
+            rows.add(name, caption)
+    return rows.gather("COCO", remedy, "CC BY 4.0 (the captions); Flickr terms (the images)")

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from cmcr_hf.cli import main
+from cmcr_hf.evaluation import pair_ranking
+from cmcr_hf.evaluation.baselines import TRAINING_FREE, inner_scorer
+from cmcr_hf.evaluation.pair_ranking import MEAN, compare_with_bridges, measure_rankings, ranking_cases
+from cmcr_hf.evaluation.pairs import PairedSet
+from cmcr_hf.evaluation.retrieval import label_retrieval, pair_retrieval
+from cmcr_hf.training import embed as embedding
+from cmcr_hf.training.data import Items
+from tests.media import RATE, encode_audio, encode_image, noise, picture
+
+
+def texts(count: int) -> Items:
+    return Items.listed("text", [f"text {row}" for row in range(count)])
+
+
+def captioned(items: int, captions: int) -> PairedSet:
+    """A set of items with so many captions each, the items being texts too."""
+    pairs = [(row, row * captions + place) for row in range(items) for place in range(captions)]
+    return PairedSet("set", (texts(items), texts(items * captions)), torch.tensor(pairs))
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    return normalize(torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def scorers(first: torch.Tensor, second: torch.Tensor):
+    return {"model": (inner_scorer(first, second), inner_scorer(second, first))}
+
+
+def test_rankings_in_blocks_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, first, second = captioned(12, 3), unit(12, 0), unit(36, 1)
+    monkeypatch.setattr(pair_ranking, "_SCORED", 200)
+    monkeypatch.setattr(pair_ranking, "_RANKED", 80)
+    found = measure_rankings(data, scorers(first, second), resamples=20)
+    # Both directions of texts have one name, so the second one is seen.
+    metrics = found.metrics["model"]["text_to_text"]
+    expected = pair_retrieval(second @ first.T, data.gold(1))
+    assert [metrics[name] for name in ("R@1", "R@5", "R@10")] == pytest.approx(
+        [expected[name] for name in ("R@1", "R@5", "R@10")]
+    )
+    assert metrics["median rank"] == expected["median_rank"]
+    low, high = found.intervals["model"]["text_to_text"]["R@5"]
+    assert low <= metrics["R@5"] <= high
+
+
+def test_chance_is_what_random_embeddings_give_on_average() -> None:
+    data = captioned(15, 2)
+    values = [
+        measure_rankings(data, scorers(unit(15, seed), unit(30, 100 + seed)), resamples=0).metrics
+        for seed in range(60)
+    ]
+    for name in ("R@1", "R@5", "R@10", "mAP"):
+        mean = sum(found["model"]["text_to_text"][name] for found in values) / len(values)
+        assert mean == pytest.approx(values[0]["chance"]["text_to_text"][name], abs=0.03)
+
+
+def test_classes_are_measured_beside_the_pairs() -> None:
+    labels = ["dog", "cat", "dog"] * 4
+    members = torch.tensor([[label == "cat", label == "dog"] for label in labels])
+    pairs = torch.arange(12)[:, None].expand(-1, 2).contiguous()
+    data = PairedSet("set", (texts(12), texts(12)), pairs, (members, members), ["cat", "dog"])
+    first, second = unit(12, 0), unit(12, 1)
+    found = measure_rankings(data, scorers(first, second), resamples=0)
+    expected = label_retrieval(second @ first.T, labels, labels)
+    assert found.metrics["model"]["text_to_text, by class"] == pytest.approx(expected)
+    by_class = PairedSet("set", (texts(12), texts(12)), None, (members, members), ["cat", "dog"])
+    alone = measure_rankings(by_class, scorers(first, second), resamples=0)
+    assert alone.metrics["model"]["text_to_text"] == pytest.approx(expected)
+    assert MEAN not in alone.metrics["model"]
+
+
+def test_a_model_below_a_bridge_is_told_so_in_one_sentence_a_direction() -> None:
+    metrics = {
+        "posterior matching": {"audio_to_image": {"mAP": 0.4}, "image_to_audio": {"mAP": 0.1}, MEAN: {"mAP": 0.25}},
+        "one-way bridge": {"audio_to_image": {"mAP": 0.3}, "image_to_audio": {"mAP": 0.2}, MEAN: {"mAP": 0.25}},
+        "ridge": {"audio_to_image": {"mAP": 0.9}, "image_to_audio": {"mAP": 0.9}, MEAN: {"mAP": 0.9}},
+        "model": {"audio_to_image": {"mAP": 0.35}, "image_to_audio": {"mAP": 0.2}, MEAN: {"mAP": 0.2}},
+    }
+    (sentence,) = compare_with_bridges(metrics)
+    assert sentence.startswith("audio → image: the model's mAP of 0.350 is below the 0.400 of posterior matching")
+
+
+def test_the_best_and_the_worst_cases_show_what_is_right() -> None:
+    data = captioned(30, 1)
+    second = unit(30, 3)
+    # The first query finds its own, the last one finds it last.
+    first = second.clone()
+    first[29] = -second[29]
+    found = measure_rankings(data, scorers(first, second), resamples=0)
+    precision = torch.diagonal(first @ second.T).double() / 2 + 0.5
+    best, worst = ranking_cases(data, inner_scorer(first, second), precision)
+    assert found.metrics["model"]["text_to_text"]["R@1"] < 1
+    assert [best[0].found[0].right, best[0].found[0].value] == [True, best[0].query.value]
+    assert worst[0].query.value == "text 29"
+    assert [item.right for item in worst[0].found] == [False, False, False, False, True]
+
+
+# The command
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three pictures, sounds and clouds, with texts, as a table."""
+    rows = ["picture,clip,cloud,caption,other,kind"]
+    for row, kind in enumerate(("dog", "cat", "bell")):
+        image = Image.fromarray(picture() // (row + 1))
+        (tmp_path / f"{kind}.png").write_bytes(encode_image(image))
+        (tmp_path / f"{kind}.wav").write_bytes(encode_audio(noise(RATE // 4, seed=row)))
+        points = np.random.default_rng(row).normal(size=(64, 3)) * (1, row + 1, 1)
+        np.save(tmp_path / f"{kind}.npy", points.astype(np.float32))
+        rows.append(f"{kind}.png,{kind}.wav,{kind}.npy,a {kind},the sound of a {kind},{kind}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    bank = [f"a {kind} {verb}" for kind in ("small dog", "loud dog", "cat", "bell") for verb in ("barks", "rings")]
+    (tmp_path / "bank.txt").write_text("\n".join(bank))
+    return tmp_path
+
+
+def run(model: Path, data: Path, *columns: str, more: tuple[str, ...] = ()) -> dict:
+    arguments = ["evaluate", "retrieval", "--model", str(model), "--data", str(data / "pairs.csv"), "--device", "cpu"]
+    arguments += ["--output", str(data / "out"), "--bootstrap", "50", *more, "--columns", *columns]
+    assert main(arguments) == 0
+    return json.loads((data / "out" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("columns", "direction"),
+    [
+        (("audio=clip", "image=picture"), "audio_to_image"),
+        (("audio=clip", "text=caption", "text=other"), "audio_to_text"),
+        (("image=picture", "text=caption"), "image_to_text"),
+    ],
+)
+def test_audio_image_and_text_are_ranked_for_each_other(
+    tiny_model: Path, data: Path, columns: tuple[str, ...], direction: str
+) -> None:
+    result = run(tiny_model, data, *columns)
+    there = result["metrics"]["model"][direction]
+    assert set(there) == {"R@1", "mAP", "median rank"} | ({"R@5"} if "text=other" in columns else set())
+    assert 0 <= there["mAP"] <= 1
+    assert len(result["intervals"]["model"][direction]["R@1"]) == 2
+    assert result["metrics"]["chance"][direction]["R@1"] == pytest.approx(1 / 3)
+    assert result["data"]["items"] == {
+        {"audio": "clips", "image": "images"}[columns[0].split("=")[0]]: 3,
+        {"image": "images", "text": "texts"}[columns[1].split("=")[0]]: 6 if "text=other" in columns else 3,
+    }
+
+
+@pytest.mark.parametrize("columns", [("point_cloud=cloud", "image=picture"), ("point_cloud=cloud", "text=caption")])
+def test_point_clouds_are_ranked_for_images_and_texts(
+    tiny_ulip_model: Path, data: Path, columns: tuple[str, ...]
+) -> None:
+    result = run(tiny_ulip_model, data, *columns)
+    assert result["title"].startswith("3D-")
+    assert set(result["metrics"]["model"]) == {
+        "point_cloud_to_" + columns[1].split("=")[0],
+        columns[1].split("=")[0] + "_to_point_cloud",
+        MEAN,
+    }
+
+
+def test_with_a_bank_the_baselines_stand_beside_the_model(
+    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("audio=clip", "image=picture", "class=kind")
+    result = run(tiny_model, data, *columns, more=("--bank", str(data / "bank.txt")))
+    fitted, bridges = {"ridge", "procrustes", "linear map"}, set(TRAINING_FREE)
+    assert set(result["metrics"]) == {"chance", *fitted, *bridges, "closed cascade", "model"}
+    assert "audio_to_image, by class" in result["metrics"]["posterior matching"]
+    told = [note for note in result["notes"] if "needs no training" in note]
+    beaten = [
+        direction
+        for direction in ("audio_to_image", "image_to_audio")
+        if result["metrics"]["model"][direction]["mAP"]
+        < max(result["metrics"][name][direction]["mAP"] for name in TRAINING_FREE)
+    ]
+    assert len(told) >= len(beaten)
+    out = capsys.readouterr().out
+    assert "posterior matching" in out
+    assert str(data) not in (data / "out" / "result.json").read_text()
+
+
+def test_texts_are_compared_in_the_source_of_the_other_side_too(tiny_model: Path, data: Path) -> None:
+    result = run(tiny_model, data, "audio=clip", "text=caption")
+    assert list(result["metrics"]) == ["chance", "clap alone", "model"]
+    within = run(tiny_model, data, "image=picture", "text=caption")
+    assert list(within["metrics"]) == ["chance", "clip alone", "model"]
+
+
+def test_a_second_run_embeds_nothing_and_another_table_does(
+    tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ("audio=clip", "image=picture")
+    first = run(tiny_model, data, *columns)
+    embedded = []
+    before = embedding.encode_features
+    monkeypatch.setattr(embedding, "encode_features", lambda *all: embedded.append(all) or before(*all))
+    assert run(tiny_model, data, *columns)["metrics"] == first["metrics"]
+    assert not embedded
+    lines = (data / "pairs.csv").read_text().split("\n")
+    (data / "pairs.csv").write_text("\n".join(lines[:3]))
+    assert run(tiny_model, data, *columns)["data"]["items"] == {"clips": 2, "images": 2}
+    assert embedded
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--layout", "ave", "--columns", "image=a"), "--columns goes with --layout pairs, got ave"),
+        (("--columns", "picture"), "Expected --columns KIND=COLUMN, got 'picture'"),
+        (("--images", "photos"), "Expected --data, or --images and --audio"),
+        (("--layout", "coco"), "cocodataset.org/#download"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
+    data: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
+) -> None:
+    arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(data), "--output", str(data / "out")]
+    assert main([*arguments, *more]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_a_bank_of_what_a_source_does_not_embed_is_refused(
+    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "photos").mkdir()
+    (data / "dog.png").rename(data / "photos" / "dog.png")
+    (data / "pairs.csv").write_text("picture,clip\ncat.png,cat.wav\nbell.png,bell.wav")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv")]
+    arguments += ["--columns", "image=picture", "audio=clip", "--bank", str(data / "photos")]
+    assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
+    assert "The clap source embeds audio and text, but the bank has image items" in capsys.readouterr().err
