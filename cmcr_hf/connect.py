@@ -619,7 +619,7 @@ def _train(
         digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
     key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector}
     state = folder / STAGE
-    with _stage(folder.name if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
+    with _stage("train" if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():
             try:
                 document = json.loads(state.read_text(encoding="utf-8"))
