@@ -222,17 +222,19 @@ def _summary_intervals(
 
 
 def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
-    """Return a sentence for each direction in which a bridge, which needs no training, ranks better than the model."""
-    sentences = []
+    """Return a sentence that names where a bridge, which needs no training, ranks better than the model, if any."""
+    below = []
     for group, values in metrics[MODEL].items():
         rivals = {name: metrics[name][group]["mAP"] for name in TRAINING_FREE if group in metrics.get(name, {})}
         best = max(rivals, key=lambda name: rivals[name], default=None)
         if best is not None and group != MEAN and values["mAP"] < rivals[best]:
-            sentences.append(
-                f"{said(group)}: the model's mAP of {number(values['mAP'])} is below the {number(rivals[best])} of "
-                f"{best}, which needs no training, but the bank at every query."
-            )
-    return sentences
+            below.append(f"{said(group)} {number(values['mAP'])} against {number(rivals[best])} of {best}")
+    if not below:
+        return []
+    return [
+        "The model ranks worse than a bridge that needs no training, but the bank at every query, by mAP: "
+        f"{'; '.join(below)}."
+    ]
 
 
 def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
@@ -240,13 +242,17 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
     order = precision.argsort(descending=True, stable=True).tolist()
     chosen = [order[:CASES], order[::-1][: min(CASES, len(order) - CASES)]]
     found: dict[int, tuple[list[int], list[float], set[int]]] = {}
+    notes: dict[int, str] = {}
     for row in [row for part in chosen for row in part]:
         scores = scorer(slice(row, row + 1))[0]
         right = data.right(0, row)
         first = scores.sort(descending=True, stable=True).indices[:FOUND].tolist()
+        best = max(right, key=lambda place: scores[place].item())
+        rank = 1 + int((scores > scores[best]).sum())
+        notes[row] = f"its average precision; the first right one is at rank {rank:,} of {len(scores):,}"
         if not right & set(first):
             # What should have been found stands last.
-            first = [*first[: FOUND - 1], max(right, key=lambda place: scores[place].item())]
+            first = [*first[: FOUND - 1], best]
         found[row] = (first, scores[first].tolist(), right)
     queries = _items(data.sides[0], set(found))
     results = _items(data.sides[1], {place for first, _, _ in found.values() for place in first})
@@ -259,7 +265,7 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
             for place, score in zip(first, scores, strict=True)
             for item in [results[place]]
         ]
-        return Case(query, precision[row].item(), shown, note="the score is the average precision")
+        return Case(query, precision[row].item(), shown, note=notes[row])
 
     return [case(row) for row in chosen[0]], [case(row) for row in chosen[1]]
 

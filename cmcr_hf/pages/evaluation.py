@@ -36,7 +36,7 @@ def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
             if entry.rows
         ],
         "sources": dict.fromkeys(entry.source for entry in result.published),
-        "facts": [*_flat(result.data), *_flat(result.model), *_flat(result.settings)],
+        "facts": [*_flat(result.data, "data "), *_flat(result.model, "model "), *_flat(result.settings)],
     }
     write_page(path, render("evaluation.html.jinja", context))
 
@@ -68,7 +68,7 @@ def _table(result: EvaluationResult, group: str, metrics: Sequence[str]) -> dict
     return {
         "group": said(group),
         "metrics": list(metrics),
-        "tops": [number(tops[name]) for name in metrics],
+        "tops": [f"{tops[name]:g}" for name in metrics],
         "rows": laid,
     }
 
