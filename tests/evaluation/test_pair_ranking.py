@@ -17,7 +17,7 @@ from cmcr_hf.evaluation.pairs import PairedSet
 from cmcr_hf.evaluation.retrieval import label_retrieval, pair_retrieval
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
-from tests.media import RATE, encode_audio, encode_image, noise, picture
+from tests.media import RATE, encode_audio, encode_image, noise, peak_growth, picture
 
 
 def texts(count: int) -> Items:
@@ -235,3 +235,27 @@ def test_a_bank_of_what_a_source_does_not_embed_is_refused(
     arguments += ["--columns", "image=picture", "audio=clip", "--bank", str(data / "photos")]
     assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
     assert "The clap source embeds audio and text, but the bank has image items" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_large_matrix_of_scores_is_never_whole_in_memory() -> None:
+    growth = peak_growth(
+        """
+import torch
+from torch.nn.functional import normalize
+from cmcr_hf.evaluation.baselines import inner_scorer
+from cmcr_hf.evaluation.pair_ranking import measure_rankings
+from cmcr_hf.evaluation.pairs import PairedSet
+from cmcr_hf.training.data import Items
+torch.set_num_threads(1)
+items, captions = 5000, 5
+sides = [Items.listed("text", [str(row) for row in range(count)]) for count in (items, items * captions)]
+pairs = torch.stack([torch.arange(items * captions) // captions, torch.arange(items * captions)], 1)
+data = PairedSet("large", tuple(sides), pairs)
+first, second = (normalize(torch.randn(len(side), 8), dim=1) for side in sides)
+def run():
+    measure_rankings(data, {"model": (inner_scorer(first, second), inner_scorer(second, first))}, resamples=0)
+"""
+    )
+    # Whole, the scores of one direction alone are 500 MB.
+    assert growth < 400e6
