@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..training.data import Item, Items
+from ..training.store import EmbeddingStore, check_same_keys
 from .baselines import TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .embedding import EvaluatedModel
@@ -73,7 +74,11 @@ class Ranked:
 
 
 def build_scorers(
-    model: EvaluatedModel, data: PairedSet, *, bank: Items | None = None, text_space: str | None = None
+    model: EvaluatedModel,
+    data: PairedSet,
+    *,
+    bank: Items | Mapping[str, EmbeddingStore] | None = None,
+    text_space: str | None = None,
 ) -> dict[str, tuple[Scorer, Scorer]]:
     """Embed both sides, and return the model and what there is to compare with it as functions that score.
 
@@ -82,7 +87,7 @@ def build_scorers(
     text tower: there, the modalities were paired in training.
 
     Args:
-        bank: items of a modality that both spaces have.
+        bank: items of a modality that both spaces have, or their stores by space.
         text_space: of the texts; by default that of the model.
 
     Raises:
@@ -95,15 +100,9 @@ def build_scorers(
     if spaces[0] == spaces[1]:
         scorers[f"{spaces[0]} alone"] = (inner_scorer(first, second), inner_scorer(second, first))
     elif bank is not None:
-        for space in spaces:
-            if bank.modality not in config.modalities_of(space):
-                raise ValueError(
-                    f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
-                    f"{bank.modality} items. Name a bank of what both sources embed."
-                )
-        banks = [model.source_embeds(bank, space) for space in spaces]
+        banks, modality = _bank_embeds(model, bank, spaces)
         names: list[torch.Tensor] = []
-        if data.class_names and bank.modality == "text":
+        if data.class_names and modality == "text":
             words = Items.listed("text", [name.replace("_", " ") for name in data.class_names])
             names = [model.source_embeds(words, space) for space in spaces]
         scorers |= baseline_scorers(first, second, *banks, *names)
@@ -120,6 +119,32 @@ def build_scorers(
         for embeds, modality, space in zip((first, second), modalities, spaces, strict=True)
     )
     return {**scorers, MODEL: (inner_scorer(a, b), inner_scorer(b, a))}
+
+
+def _bank_embeds(
+    model: EvaluatedModel, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]
+) -> tuple[list[torch.Tensor], str]:
+    """Return the bank in each of two spaces, and what it is made of."""
+    config = model.model.config
+    if isinstance(bank, Items):
+        for space in spaces:
+            if bank.modality not in config.modalities_of(space):
+                raise ValueError(
+                    f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
+                    f"{bank.modality} items. Name a bank of what both sources embed."
+                )
+        return [model.source_embeds(bank, space) for space in spaces], bank.modality
+    for space in spaces:
+        width = (config.projectors or {})[space]["input_dim"]
+        store = bank.get(space)
+        if store is None or store.space != space or store.dim != width:
+            found = "none" if store is None else f"one of {store.space}, {store.dim} wide"
+            raise ValueError(
+                f"Expected a store of the bank in {space}, {width} wide, got {found}. Embed it with both."
+            )
+    first, second = (bank[space] for space in spaces)
+    check_same_keys((str(first.folder), first.keys()), (str(second.folder), second.keys()))
+    return [first.tensor().float(), second.tensor().float()], first.modality
 
 
 def measure_rankings(

@@ -185,6 +185,31 @@ def test_with_a_bank_the_baselines_stand_beside_the_model(
     assert str(data) not in (data / "out" / "result.json").read_text()
 
 
+def test_stores_of_a_bank_give_what_the_bank_gives(
+    tiny_model: Path, data: Path, tiny_clip: Path, tiny_clap: Path
+) -> None:
+    columns = ("audio=clip", "image=picture")
+    expected = run(tiny_model, data, *columns, more=("--bank", str(data / "bank.txt")))
+    for space, source in (("clip", tiny_clip), ("clap", tiny_clap)):
+        command = ["embed", "--source", str(source), "--space", space, "--modality", "text", "--device", "cpu"]
+        assert main([*command, "--data", str(data / "bank.txt"), "--output", str(data / space)]) == 0
+    stores = ("--bank", f"clip={data / 'clip'}", f"clap={data / 'clap'}")
+    found = run(tiny_model, data, *columns, more=stores)
+    assert found["metrics"] == expected["metrics"]
+    assert str(data) not in json.dumps(found)
+
+
+def test_a_bank_in_one_space_alone_is_refused(
+    tiny_model: Path, data: Path, tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["embed", "--source", str(tiny_clip), "--space", "clip", "--modality", "text", "--device", "cpu"]
+    assert main([*command, "--data", str(data / "bank.txt"), "--output", str(data / "clip")]) == 0
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv")]
+    arguments += ["--columns", "image=picture", "audio=clip", "--bank", f"clip={data / 'clip'}"]
+    assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
+    assert "Expected a store of the bank in clap, 16 wide, got none" in capsys.readouterr().err
+
+
 def test_texts_are_compared_in_the_source_of_the_other_side_too(tiny_model: Path, data: Path) -> None:
     result = run(tiny_model, data, "audio=clip", "text=caption")
     assert list(result["metrics"]) == ["chance", "clap alone", "model"]

@@ -121,7 +121,13 @@ def test_a_page_shows_so_many_cases_at_most(result: EvaluationResult, tmp_path: 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("/a/b/model", "model"), ("runs/model", "runs/model"), ("--data=/a/b", "--data=b"), ("--limit=3", "--limit=3")],
+    [
+        ("/a/b/model", "model"),
+        ("runs/model", "runs/model"),
+        ("--data=/a/b", "--data=b"),
+        ("clip=/a/stores/clip", "clip=clip"),
+        ("--limit=3", "--limit=3"),
+    ],
 )
 def test_names_are_shown_without_what_they_tell_of_a_machine(given: str, expected: str) -> None:
     assert shown(given) == expected
