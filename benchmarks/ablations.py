@@ -132,17 +132,23 @@ def _class_of(key: str, classes: dict[str, str] | None) -> str:
 
 
 def planned(study: Study, seeds: int, null_draws: int, everything: bool) -> list[Run]:
-    """Return the runs, the first seed of every variant before the second of any: a run that is stopped has a table."""
+    """Return the runs, those of the smallest set first, and the first seed of every variant before the second of any.
+
+    So a run that is stopped has a table.
+    """
     runs = []
-    for seed in range(max(seeds, null_draws)):
-        for title, texts in study.texts.items():
-            kinds = tuple(dict.fromkeys(kind for kind in texts.kinds if kind))
-            for variant in variants(kinds, study.overlap, study.leaves):
-                large = len(texts.about) > LARGE and not everything
-                if seed >= (null_draws if variant.name == NULL else seeds) or (large and not variant.dear):
-                    continue
-                if _fits(texts, variant):
-                    runs.append(Run(title, variant, seed))
+    for title, texts in sorted(study.texts.items(), key=lambda entry: len(entry[1].about)):
+        kinds = tuple(dict.fromkeys(kind for kind in texts.kinds if kind))
+        large = len(texts.about) > LARGE and not everything
+        able = [
+            variant
+            for variant in variants(kinds, study.overlap, study.leaves)
+            if _fits(texts, variant) and (variant.dear or not large)
+        ]
+        for seed in range(max(seeds, null_draws)):
+            runs += [
+                Run(title, variant, seed) for variant in able if seed < (null_draws if variant.name == NULL else seeds)
+            ]
     return runs
 
 

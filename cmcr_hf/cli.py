@@ -9,9 +9,10 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -82,18 +83,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="connect two small spaces offline and report what came of it",
         description="Write a synthetic world and connect a small CLIP in it: with a small CLAP by sentences alone "
-        "(world sounds), or with a small ULIP by pictures alone (world shapes). Then measure retrieval between what "
-        "no training paired, pictures and sounds or texts and point clouds, against chance, training-free bridges "
-        "and a null.",
+        "(world sounds), with a small ULIP by pictures alone (world shapes), or with both, each extended into a CLIP "
+        "that stays as it is (world all). Then measure retrieval between what no training paired, pictures and "
+        "sounds, texts and point clouds, or sounds and point clouds, against chance, training-free bridges and a "
+        "null.",
     )
     parser.add_argument(
-        "--world", choices=("sounds", "shapes"), default="sounds", help="what to connect (default: %(default)s)"
+        "--world", choices=("sounds", "shapes", "all"), default="sounds", help="what to connect (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder for everything (default: runs/demo, runs/shapes for that world)"
+        "--output", type=Path, help="folder for everything (default: runs/demo, runs/WORLD for another world)"
     )
     parser.add_argument(
-        "--seeds", type=positive, default=3, help="connectors averaged in the C-MCR row (default: %(default)s)"
+        "--seeds", type=positive, default=3, help="connectors averaged in the trained row (default: %(default)s)"
     )
     parser.add_argument(
         "--derangements",
@@ -119,11 +121,16 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(arguments: argparse.Namespace) -> None:
     if arguments.retrain is not None:
         from .demo.retrain import retrain
+        from .demo.retrain_all import retrain_all
         from .demo.retrain_shapes import retrain_shapes
 
         arguments.output = arguments.retrain
-        train = retrain_shapes if arguments.world == "shapes" else retrain
-        print(json.dumps(train(arguments.retrain, seed=arguments.seed), indent=2))
+        train: dict[str, Callable[..., dict[str, Any]]] = {
+            "sounds": retrain,
+            "shapes": retrain_shapes,
+            "all": retrain_all,
+        }
+        print(json.dumps(train[arguments.world](arguments.retrain, seed=arguments.seed), indent=2))
         return
     from .demo.run import RECIPES, run_demo
     from .output import check_output
@@ -137,7 +144,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "connect",
-        help="connect two spaces as a recipe says: embed, aggregate, train, save, evaluate",
+        help="connect spaces as a recipe says: embed, aggregate, train, save, evaluate",
         description="Walk a recipe from raw data to a model folder. Stages that are done and still valid are skipped, "
         "so the same command goes on after an interruption.",
         epilog=f"Recipes of the package: {', '.join(recipe_names())}. A recipe is a YAML file; copy one and edit it. "

@@ -185,7 +185,7 @@ def test_connect_takes_the_data_from_another_folder(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (clip-clap, "),
+        ("absent", "cmcr connect: There is no recipe 'absent'. Use one of the package (all, clip-clap, "),
         ("absent.yaml", "cmcr connect: Cannot read the recipe absent.yaml: No such file or directory."),
     ],
 )

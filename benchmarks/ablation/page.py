@@ -16,7 +16,7 @@ from .variants import FULL, NULL
 
 LEFT, PLOT, RIGHT, ROW = 380, 430, 230, 21
 # Effects beyond are drawn at the border, as an arrow; their value stands beside it.
-LOWEST, HIGHEST = -0.15, 0.06
+LOWEST, HIGHEST = -0.15, 0.1
 COLOURS = {"none": "#6b7280", "gains": "#146b36", "loses": "#b3261e"}
 
 
@@ -105,7 +105,7 @@ def _panel(parts: list[str], table: Table, top: int) -> int:
             value = f"{effect.mean:+.3f} ± {effect.half_width:.3f}"
             body.append(f'<text x="{LEFT + PLOT + 14}" y="{y}" fill="{colour}">{value}</text>')
     end = y + 10
-    for tick in (-0.15, -0.1, -0.05, 0.0, 0.05):
+    for tick in (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1):
         strong = ' stroke-width="1.5"' if tick == 0 else ""
         colour = "#1f2328" if tick == 0 else "#e1e4e8"
         parts.append(f'<path d="M{x(tick):.1f} {start}V{end}" stroke="{colour}"{strong}/>')

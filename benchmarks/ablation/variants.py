@@ -116,7 +116,7 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
         *(
             Variant(
                 f"tau 2 = tau 3 = {tau:g}",
-                "temperature of the losses (0.01)",
+                "temperature of the losses (here 0.01)",
                 dict.fromkeys(_BOTH, tau),
                 dear=tau in (0.1, 0.2),
             )

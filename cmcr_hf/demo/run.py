@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..training.recipe import Recipe, load_recipe
 from ..training.train import train_connector
 
 # The worlds by name, and what is in each.
-RECIPES = {"sounds": "demo", "shapes": "shapes", "all": "everything"}
+RECIPES = {"sounds": "demo", "shapes": "shapes", "all": "all"}
 CONTENTS = {
     "sounds": "drawn pictures, synthesised sounds, made-up sentences",
     "shapes": "solids as clouds and as rendered pictures, made-up sentences",
@@ -86,11 +87,7 @@ def _run_demo(
             runs.append(_trained(connection, seed))
             bar.update()
         for draw in range(derangements):
-            orders = {
-                modality: derange_by_name(names, torch.Generator().manual_seed(draw))
-                for modality, names in concepts.items()
-            }
-            nulls.append(_trained(connection, draw, orders))
+            nulls.append(_trained(connection, draw, _derangements(recipe, concepts, draw)))
             bar.update()
 
     table = {name: metrics for name, metrics in connection.table.items() if name != row}
@@ -128,12 +125,37 @@ def _concepts(recipe: Recipe, modality: str, world: Path) -> list[str]:
     return [str(item.label) for item in Items(specs, modality, world)]
 
 
-def _trained(connection: Connection, seed: int, orders: Mapping[str, torch.Tensor] | None = None) -> Metrics:
+def _derangements(
+    recipe: Recipe, concepts: Mapping[str, Sequence[str]], draw: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Draw for each bridge an order of the rows of each pool in which none meets one of its own concept.
+
+    No concept is sent to one and the same other by two bridges, or what they send there would meet again.
+    """
+    orders: dict[str, dict[str, torch.Tensor]] = {}
+    sent: set[tuple[str, str]] = set()
+    for bridge in recipe.bridges:
+        for seed in itertools.count(draw, 1000):
+            # One seed sends the concepts of all pools alike.
+            drawn = {
+                pool: derange_by_name(concepts[pool], torch.Generator().manual_seed(seed)) for pool in bridge.pools
+            }
+            names = concepts[bridge.pools[0]]
+            now = {(names[row], names[partner]) for row, partner in enumerate(drawn[bridge.pools[0]].tolist())}
+            if not now & sent:
+                break
+        orders[bridge.space], sent = drawn, sent | now
+    return orders
+
+
+def _trained(
+    connection: Connection, seed: int, orders: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> Metrics:
     """Train every bridge with another seed and measure what comes of it.
 
     Args:
-        orders: of the rows of a pool on the other side than CLIP's, by the modality the pool is centred on. All
-            vectors of a row on that side move together: only the pairing between the spaces is broken.
+        orders: by bridge and pool, of the rows on the other side than CLIP's. All vectors of a row on that side move
+            together: only the pairing between the spaces is broken.
     """
     if not connection.sets:
         raise ValueError("The connection was not evaluated: give its recipe an evaluate section.")
@@ -141,11 +163,10 @@ def _trained(connection: Connection, seed: int, orders: Mapping[str, torch.Tenso
     connector = deepcopy(connection.model.connector)
     for bridge in connection.recipe.bridges:
         pools = connection.training_embeds(bridge.space)
-        for pool, order in (orders or {}).items():
-            if pool in pools:
-                pools[pool] = {
-                    name: rows if name.startswith("clip") else rows[order] for name, rows in pools[pool].items()
-                }
+        for pool, order in (orders or {}).get(bridge.space, {}).items():
+            pools[pool] = {
+                name: rows if name.startswith("clip") else rows[order] for name, rows in pools[pool].items()
+            }
         args = training_arguments(spec, connection.folder / "train", "cpu")
         args.save_strategy = args.logging_strategy = IntervalStrategy.NO
         args.disable_tqdm = True

@@ -143,7 +143,7 @@ def procrustes_map(text_a: torch.Tensor, text_b: torch.Tensor) -> torch.Tensor:
     return rotation.to(text_a.dtype)
 
 
-def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the maps W_a (d_a, k) and W_b (d_b, k) of canonical correlation analysis, k the smaller width.
 
     Both spaces are whitened and turned so that the texts correlate axis by axis. An axis is scaled by its correlation
@@ -152,7 +152,8 @@ def cca_maps(text_a: torch.Tensor, text_b: torch.Tensor, *, ridge: float = 0.01)
     it as normalize(a W_a) normalize(b W_b)^T.
 
     Args:
-        ridge: added to both second moments, in units of 1 / width, as in [`ridge_map`].
+        ridge: added to both second moments, in units of 1 / width, their mean eigenvalue. The default is that mean
+            itself: a small one blows up directions that texts barely have and other modalities do.
     """
     text_a, text_b = _aligned_texts(text_a, text_b)
     _check_positive("ridge", ridge)
@@ -255,6 +256,7 @@ def baseline_scores(
     names_image_space: torch.Tensor | None = None,
     *,
     temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Score audio against images, and images against audio, with every baseline.
 
@@ -264,6 +266,7 @@ def baseline_scores(
 
     Args:
         temperature: one temperature for both bridges and posterior matching; `None` uses each one's own default.
+        linear: the [`linear_map`] of these texts, where it has been trained already.
     """
     scorers = baseline_scorers(
         audio,
@@ -273,6 +276,7 @@ def baseline_scores(
         names_audio_space,
         names_image_space,
         temperature=temperature,
+        linear=linear,
     )
     every = slice(None)
     scores = {}
@@ -291,6 +295,7 @@ def baseline_scorers(
     names_b: torch.Tensor | None = None,
     *,
     temperature: float | None = None,
+    linear: torch.nn.Linear | None = None,
 ) -> dict[str, tuple[Scorer, Scorer]]:
     """Return every baseline of [`baseline_scores`] as two functions: to score some rows of a, or of b, at a time."""
     if (names_a is None) != (names_b is None):
@@ -307,7 +312,8 @@ def baseline_scorers(
             inner_scorer(normalize(a @ fit(text_a, text_b), dim=-1), b),
             inner_scorer(normalize(b @ fit(text_b, text_a), dim=-1), a),
         )
-    mapped, single = normalize(linear_map(text_a, text_b)(a.float()), dim=-1), b.float()
+    layer = linear or linear_map(text_a, text_b)
+    mapped, single = normalize(layer(a.float()), dim=-1), b.float()
     scorers["linear map"] = (inner_scorer(mapped, single), inner_scorer(single, mapped))
     carried_a, carried_b = (
         _carried(a, text_a, text_b, bridge_temperature),
@@ -340,6 +346,8 @@ def two_hop_scores(
     b: torch.Tensor,
     names_a: torch.Tensor | None = None,
     names_between: torch.Tensor | None = None,
+    *,
+    linear: tuple[torch.nn.Linear, torch.nn.Linear] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Score two spaces that share nothing with each other, but each a modality with a space between them.
 
@@ -351,6 +359,7 @@ def two_hop_scores(
         first: `(items, dim)` of one bank, the same items row by row in the space of a and in that between.
         second: those of the other bank, in the space between and in that of b.
         names_a, names_between: a phrase a class in both of these spaces, for the closed cascade.
+        linear: the [`linear_map`] of a, and that of b, into the space between, where they have been trained already.
     """
     a, *checked = _checked(a, *first, first[1])
     first = (checked[0], checked[1])
@@ -365,8 +374,8 @@ def two_hop_scores(
             normalize(normalize(a @ fit(*first), dim=-1) @ fit(*second), dim=-1) @ b.T,
             normalize(normalize(b @ fit(*second[::-1]), dim=-1) @ fit(*first[::-1]), dim=-1) @ a.T,
         )
-    towards, away = linear_map(*first), linear_map(*second[::-1])
-    mapped = normalize(towards(a.float()), dim=-1) @ normalize(away(b.float()), dim=-1).T
+    of_a, of_b = linear or (linear_map(*first), linear_map(*second[::-1]))
+    mapped = normalize(of_a(a.float()), dim=-1) @ normalize(of_b(b.float()), dim=-1).T
     scores["linear map"] = (mapped, mapped.T)
     carried_a, carried_b = (
         _carried(rows, *bank, BRIDGE_TEMPERATURE) for rows, bank in ((a, first), (b, second[::-1]))

@@ -57,7 +57,7 @@ def class_accuracy(hits: torch.Tensor, labels: torch.Tensor, classes: int) -> to
 
     Without ties, the mean over the classes is scikit-learn's `balanced_accuracy_score`.
     """
-    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, hits.double())
+    sums = torch.zeros(classes, dtype=torch.float64, device=hits.device).index_add_(0, labels, hits.double())
     return sums / torch.bincount(labels, minlength=classes)
 
 
@@ -79,7 +79,7 @@ def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> torch.Ten
 
 
 def average_precision_of_draws(scores: torch.Tensor, relevant: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what gives [`average_precision`] of drawn items, of their indices: the scores are sorted only once."""
+    """Return what gives [`average_precision`] of drawn items, from their indices, with the scores ranked only once."""
     check_scores(scores)
     if relevant.shape != scores.shape or relevant.dtype != torch.bool:
         raise ValueError(
@@ -88,18 +88,20 @@ def average_precision_of_draws(scores: torch.Tensor, relevant: torch.Tensor) -> 
         )
     ranked = []
     for column, has in zip(scores.T, relevant.T, strict=True):
-        ordered, order = column.sort(descending=True)
-        places = has[order].nonzero()[:, 0]
-        # The last item that ties with one that has the class, and the last such one.
-        last = torch.searchsorted(-ordered, -ordered[places], right=True) - 1
-        ranked.append((order, order[places], last, torch.searchsorted(places, last, right=True) - 1))
+        having = has.nonzero()[:, 0]
+        having = having[column[having].argsort(descending=True)]
+        thresholds = -column[having]
+        # Of each item the first of those with the class that is not better, of each of these the last that ties.
+        first = torch.searchsorted(thresholds, -column).int()
+        ranked.append((first, having, torch.searchsorted(thresholds, thresholds, right=True) - 1))
 
     def precision(drawn: torch.Tensor) -> torch.Tensor:
         counts = torch.bincount(drawn, minlength=len(scores)).double()
         values = []
-        for order, having, last, last_having in ranked:
-            items, own = counts[order].cumsum(0)[last], counts[having]
-            found = own.cumsum(0)[last_having]
+        for first, having, last in ranked:
+            items = torch.bincount(first, counts, minlength=len(having) + 1).cumsum(0)[:-1]
+            own = counts[having]
+            found = own.cumsum(0)[last]
             # Where nothing was drawn so far, nothing counts.
             values.append((own * found / items.clamp(min=1)).sum() / own.sum())
         return torch.stack(values)

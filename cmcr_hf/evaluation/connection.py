@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling.modeling_cmcr import CMCRConnector
-from .baselines import baseline_scores, two_hop_scores
+from .baselines import baseline_scores, linear_map, two_hop_scores
 from .classification import top_k_accuracy
 from .retrieval import chance, label_retrieval
 
@@ -129,15 +129,25 @@ def _cut_offs(query_labels: Sequence[str], gallery_labels: Sequence[str]) -> tup
 def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
     """Return the metrics of chance and of every baseline (see `baseline_scores`) on all sets, by name."""
     table: dict[str, Metrics] = {"chance": {}}
+    fitted: dict[tuple[int, int], torch.nn.Linear] = {}
+
+    def linear(bank: torch.Tensor, other: torch.Tensor) -> torch.nn.Linear:
+        # Sets share their banks, and it takes seconds.
+        key = (id(bank), id(other))
+        if key not in fitted:
+            fitted[key] = linear_map(bank, other)
+        return fitted[key]
+
     for part in sets:
         table["chance"] |= part.chance()
         names = (part.query_names, part.gallery_names)
         if part.between is None:
             banks = (part.query_bank, part.gallery_bank)
-            scores = baseline_scores(part.query.embeds, part.gallery.embeds, *banks, *names)
+            scores = baseline_scores(part.query.embeds, part.gallery.embeds, *banks, *names, linear=linear(*banks))
         else:
             first, second = (part.query_bank, part.between[0]), (part.between[1], part.gallery_bank)
-            scores = two_hop_scores(part.query.embeds, first, second, part.gallery.embeds, *names)
+            layers = (linear(*first), linear(*second[::-1]))
+            scores = two_hop_scores(part.query.embeds, first, second, part.gallery.embeds, *names, linear=layers)
         for name, (there, back) in scores.items():
             table.setdefault(name, {}).update(part.metrics(there, back))
     return table

@@ -22,6 +22,8 @@ from ..training.embed import embed
 from ..training.store import EmbeddingStore
 from .result import shown
 
+# Of a shard whose rows are wide: a quarter of a gigabyte in float32.
+_SHARD_NUMBERS = 2**26
 REMEDY = "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
 
 
@@ -101,16 +103,20 @@ class EvaluatedModel:
         """
         return self.source_store(items, space).tensor().float()
 
-    def source_store(self, items: Items, space: str | None = None, *, encoder: Any = None) -> EmbeddingStore:
+    def source_store(
+        self, items: Items, space: str | None = None, *, encoder: Any = None, strict: bool = True
+    ) -> EmbeddingStore:
         """Return the store of what `source_embeds` returns, to read a part of it at a time.
 
         Args:
             encoder: what embeds the items in place of the source, of which it is made, with a width `dim`, such as a
                 [`PatchEncoder`].
+            strict: whether an item that cannot be read is an error, or is left out of the store.
         """
         space = self.model.config.space_of(items.modality, space)
         record = self._record(space, items.modality)
         described = [record, items.fingerprint, *([] if encoder is None else [type(encoder).__name__])]
+        described += [] if strict else ["readable"]
         known = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         return embed(
             self.model.sources[space] if encoder is None else encoder,
@@ -121,7 +127,9 @@ class EvaluatedModel:
             record=record,
             dim=(self.model.config.projectors or {})[space]["input_dim"] if encoder is None else encoder.dim,
             batch_size=self.batch_size,
+            strict=strict,
             progress=self.progress,
+            shard_rows=None if encoder is None else max(1, _SHARD_NUMBERS // encoder.dim),
         )
 
     @torch.inference_mode()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ import torch
 from ..training.data import Items, load_table
 from ..training.recipe import DataSpec
 
-# Words for each class, by its name in the data set.
-Words = Mapping[str, Sequence[str]]
+# Words for each class, by its name in the data set or in the order of these names.
+Words = Mapping[str, Sequence[str]] | list[list[str]]
 
 ESC50 = (
     "meta/esc50.csv and audio/*.wav, as in the archive of https://github.com/karolpiczak/ESC-50 (CC BY-NC 3.0; 2,000 "
@@ -46,6 +46,8 @@ class LabelledSet:
         labels: of each item, the indices of its classes: exactly one, unless `several`.
         several: whether an item may have several classes.
         missing: items that are listed in the data set, but whose files are not there.
+        strict: whether an item that cannot be read is an error; otherwise it is left out.
+        unreadable: items that were left out.
     """
 
     name: str
@@ -56,6 +58,8 @@ class LabelledSet:
     several: bool = False
     licence: str | None = None
     missing: list[str] = field(default_factory=list)
+    strict: bool = True
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def relevant(self) -> torch.Tensor:
@@ -64,6 +68,16 @@ class LabelledSet:
         for row, own in zip(found, self.labels, strict=True):
             row[own] = True
         return found
+
+    def readable(self, keys: Collection[str]) -> LabelledSet:
+        """Return the set without the items that have none of the keys."""
+        kept = [(item, own) for item, own in zip(self.items, self.labels, strict=True) if item.key in keys]
+        return replace(
+            self,
+            items=Items.made(self.items.modality, [item for item, _ in kept], self.items.fingerprint),
+            labels=[own for _, own in kept],
+            unreadable=[item.key for item in self.items if item.key not in keys],
+        )
 
 
 def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int | None = None) -> LabelledSet:
@@ -87,7 +101,7 @@ def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
     A clip is found by the id of its video, behind which a `_` and anything may follow, and before which a `Y` may
     stand: `Y{YTID}.wav` is PANNs' naming, `{YTID}.flac` that of the data set on the Hub, `{YTID}_{start}.wav` and
     `{YTID}_{start}_{end}.flac` those of common downloaders. Many of the videos are gone: what is not there is listed
-    as missing.
+    as missing. Not all of what is there is whole: what cannot be read is left out too.
     """
     segments = folder / "eval_segments.csv"
     names_of = [path for path in (folder / "class_labels_indices.csv", folder / "ontology.json") if path.is_file()]
@@ -112,6 +126,7 @@ def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
         several=True,
         missing=[name for name in own if name not in clips],
         licence="CC BY 4.0 (the lists)",
+        strict=False,
     )
 
 
@@ -195,6 +210,10 @@ def label_items(
     classes = sorted(set(found))
     if words is None:
         words = {label: [label.replace("_", " ")] for label in classes}
+    elif isinstance(words, list):
+        if len(words) != len(classes):
+            raise ValueError(f"There are {len(words)} names for {len(classes)} classes. {remedy}")
+        words = dict(zip(classes, words, strict=True))
     unknown = [label for label in classes if label not in words]
     if unknown:
         raise ValueError(f"There are no words for the class {unknown[0]!r}, one of {len(unknown)} such. {remedy}")
@@ -209,13 +228,14 @@ def label_items(
     )
 
 
-def read_words(path: Path) -> dict[str, list[str]]:
+def read_words(path: Path) -> Words:
     """Read what classes are called.
 
     Args:
         path: lines `CLASS NAME, SYNONYM, ...` such as those of LOC_synset_mapping.txt, of which the first name counts;
-            or JSON: an object that gives a class its name or a list of names, which are all used; or the
-            imagenet_class_index.json of Keras, `{"0": ["n01440764", NAME], ...}`.
+            or JSON: an object that gives a class its name or a list of names, which are all used; a list of the names
+            of all classes, such as those that CLIP is evaluated with; or the imagenet_class_index.json of Keras,
+            `{"0": ["n01440764", NAME], ...}`.
 
     Raises:
         ValueError: the file is none of these.
@@ -224,17 +244,22 @@ def read_words(path: Path) -> dict[str, list[str]]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             document = json.loads(text)
+            in_order = isinstance(document, list)
+            if in_order:
+                document = dict(enumerate(document))
             if all(isinstance(value, list) and re.fullmatch(r"n\d{8}", value[0]) for value in document.values()):
                 document = dict(document.values())
             found = {key: [value] if isinstance(value, str) else value for key, value in document.items()}
         else:
+            in_order = False
             pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
             found = {name: [names.split(",")[0]] for name, names in pairs}
         if not found or not all(names and all(word.strip() for word in names) for names in found.values()):
             raise ValueError("a class without a name")
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected lines `CLASS NAME` or a JSON object {{CLASS: NAME or [NAME, ...]}} in {path}: {error}. Correct "
-            "the file."
+            f"Expected lines `CLASS NAME`, a JSON object {{CLASS: NAME or [NAME, ...]}} or a JSON list of names in "
+            f"{path}: {error}. Correct the file."
         ) from error
-    return {name: [word.replace("_", " ").strip() for word in names] for name, names in found.items()}
+    words = {name: [word.replace("_", " ").strip() for word in names] for name, names in found.items()}
+    return list(words.values()) if in_order else words

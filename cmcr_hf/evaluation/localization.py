@@ -81,6 +81,11 @@ class Localizer:
 
     Raises:
         ValueError: a picture or a sound cannot be read, or the image source has no patches that can be embedded.
+
+    Example:
+        >>> model = EvaluatedModel("my-org/cmcr-clip-clap", Path("runs/mine"), modalities=["image", "audio"])
+        >>> data = load_vgg_ss("VGG-SS")
+        >>> Localizer(model, data, "proposals").locate(data.pairs[0]).box
     """
 
     def __init__(

@@ -33,7 +33,7 @@ _ALL_THRESHOLDS = (
 )
 NOTES = {
     "music": "The boxes are read as x, y, width and height; AVGN, whose code reads them as corners, published them. "
-    "Which 489 pairs the C-MCR paper takes is not published. So numbers of others are not comparable.",
+    "A list of the 489 pairs that the C-MCR paper takes was not to be found. So its numbers are not comparable.",
     "extended-vgg-ss": _ALL_THRESHOLDS,
     "extended-flickr-soundnet": _ALL_THRESHOLDS,
 }
@@ -89,10 +89,10 @@ def add_recognition(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_options(parser, ("extended-vgg-ss", "extended-flickr-soundnet"))
     parser.add_argument(
         "--confidence",
-        choices=("picture", "region"),
-        default="picture",
-        help="what is matched with the sound: the whole picture, or its nearest region or patch (default: "
-        "%(default)s)",
+        choices=("region", "picture"),
+        default="region",
+        help="what is matched with the sound: its nearest region or patch, which a small source does not escape, or "
+        "the picture as a whole (default: %(default)s)",
     )
     parser.set_defaults(run=_recognition)
 

@@ -48,8 +48,9 @@ _MUSIC = (
     "not all of them are to count, whose first column has the names of those"
 )
 _EXTENDED = (
-    ". Extended, it has beside them {table} of github.com/stoneMo/SLAVC, rows of video,audio,label, and the "
-    f"frames/VIDEO.jpg and audio/AUDIO.wav of those labelled {SILENT}"
+    ". Extended, it has beside them {table} of github.com/stoneMo/SLAVC (in the archives that its page links, and in "
+    "metadata of github.com/kaistmm/SSLalignment), rows of video,audio,label, and the frames/VIDEO.jpg and "
+    f"audio/AUDIO.wav of those labelled {SILENT}"
 )
 
 
@@ -88,10 +89,10 @@ class SoundingPictures:
 
     def first(self, count: int | None) -> SoundingPictures:
         """Return the first pairs, so many in all; of a data set with silent ones, half of them those."""
-        sounding = [pair for pair in self.pairs if pair.label != SILENT]
-        silent = [pair for pair in self.pairs if pair.label == SILENT]
         if count is None:
             return self
+        sounding = [pair for pair in self.pairs if pair.label != SILENT]
+        silent = [pair for pair in self.pairs if pair.label == SILENT]
         quiet = min(count // 2, len(silent))
         return replace(self, pairs=sounding[: count - quiet] + silent[:quiet])
 
@@ -133,7 +134,7 @@ def load_music(folder: str | Path) -> SoundingPictures:
     """Read MUSIC-Solo: `music_solo.json`, perhaps `music_solo_test.csv`, `frames` and `audio`.
 
     The boxes of the release have width and height, as its source has; AVGN's own code takes them for corners, so that
-    most of its maps are empty. Which 489 pairs the C-MCR paper counts is not published.
+    many of its maps are empty. A list of the 489 pairs that the C-MCR paper counts was not to be found.
 
     Raises:
         ValueError: as for [`load_vgg_ss`].
@@ -285,7 +286,7 @@ def _read_json(path: Path, remedy: str) -> list[Any]:
 
 def _read_table(path: Path, remedy: str) -> list[list[str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{remedy}. Cannot read {path}: {error}.") from error

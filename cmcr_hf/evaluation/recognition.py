@@ -117,12 +117,11 @@ def recognition_metrics(
     code takes some two hundred of the thresholds for AP and ten for F1, and leaves the first step out.
 
     Raises:
-        ValueError: no pairs, or NaN among the confidences.
+        ValueError: no pairs, or a confidence that is not finite.
     """
-    if not len(confidence) or np.isnan(confidence).any():
-        raise ValueError(
-            f"Got {len(confidence)} confidences, {int(np.isnan(confidence).sum())} of them NaN, expected numbers."
-        )
+    wrong = int((~np.isfinite(confidence)).sum())
+    if not len(confidence) or wrong:
+        raise ValueError(f"Got {len(confidence)} confidences, {wrong} of them not finite, expected numbers.")
     if not sounding.any():
         return {"AP": float("nan"), "max-F1": float("nan")}
     precision, recall, _ = recognition_curve(confidence, sounding, located)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..training.data import Item, Items, RemoteFile
+from ..training.data import Item, Items, RemoteFile, load_table
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .classification import average_precision_of_draws, class_accuracy, class_embeds, top_1_hits, top_k_hits
 from .connection import CLASSIFICATION
@@ -42,9 +42,15 @@ TEMPLATES: dict[str, Sequence[str]] = {
     "point_cloud": POINT_CLOUD_TEMPLATES,
 }
 
-# Accuracies of ESC-50 are of all 2,000 clips; none of the papers gives its prompts.
-_FREEBIND = "FreeBind (arXiv 2405.04883), tables 3 and 4"
-_UNCHECKED = "C-MCR (arXiv 2305.14381) and Ex-MCR (2310.08884), not checked against the papers; with ULIP's prompts"
+# What a reader must know of numbers with the default templates.
+TEMPLATE_NOTES = {
+    "image": "The seven templates were selected on ImageNet. CLIP's paper takes 80 (--prompts), and names of its own "
+    "for the classes of ImageNet (--names).",
+    "audio": None,
+    "point_cloud": "The templates are worded by this package. Published numbers are of ULIP's 64 (--prompts).",
+}
+_FREEBIND = "FreeBind, tables 3 and 4, on all 2,000 clips; with which prompts is not known here"
+_UNCHECKED = "C-MCR (arXiv 2305.14381) and Ex-MCR (2310.08884), not checked against the papers"
 PUBLISHED = {
     "esc-50": [
         Published(model, {CLASSIFICATION: {"top-1": accuracy}}, _FREEBIND)
@@ -66,11 +72,9 @@ CASES, CONFUSED, FOUND = 8, 20, 5
 
 
 def read_templates(path: Path) -> list[str]:
-    """Read templates, one a line, each with one `{}` for the name of a class."""
-    try:
-        templates = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the templates {path}: {error}. Name a file of one template a line.") from error
+    """Read templates, each with one `{}` for the name of a class: lines, or a JSON list."""
+    column = next(iter(load_table(path).values()))
+    templates = [text.strip() for text in map(str, column) if text.strip()]
     if not templates:
         raise ValueError(f"There are no templates in {path}. Write one a line, such as: a photo of a {{}}.")
     return templates
@@ -78,8 +82,8 @@ def read_templates(path: Path) -> list[str]:
 
 def zero_shot_scores(
     model: EvaluatedModel, data: LabelledSet, templates: Sequence[str], *, text_space: str | None = None
-) -> torch.Tensor:
-    """Return the cosine of every item with every class, `(items, classes)`.
+) -> tuple[LabelledSet, torch.Tensor]:
+    """Return the items that can be read, and the cosine of each with every class, `(items, classes)`.
 
     A class is the normalised mean of the normalised embeddings of its prompts: every template with each of its names.
 
@@ -88,7 +92,8 @@ def zero_shot_scores(
         text_space: the source that embeds the prompts; by default that which the model's texts go through.
 
     Raises:
-        ValueError: a template has not one `{}`, or an item cannot be read; names it.
+        ValueError: a template has not one `{}`; or an item of a strict set cannot be read, or none of another; names
+            it.
     """
     for template in templates:
         if template.count("{}") != 1:
@@ -98,7 +103,9 @@ def zero_shot_scores(
         prompts += [template.replace("{}", word) for word in words for template in templates]
         classes += [index] * (len(words) * len(templates))
     texts = model.embeds(Items.listed("text", prompts), text_space)
-    return model.embeds(data.items) @ class_embeds(texts, classes).T
+    store = model.source_store(data.items, strict=data.strict)
+    embeds = model.project(store.tensor().float(), data.items.modality)
+    return data.readable({*store.keys()}) if store.skipped else data, embeds @ class_embeds(texts, classes).T
 
 
 @dataclass
@@ -206,6 +213,7 @@ def cases(scores: torch.Tensor, data: LabelledSet) -> tuple[list[Case], list[Cas
                 Shown("text", words[index], data.classes[index], score=cosine, right=index in data.labels[row])
                 for cosine, index in zip(cosines.tolist(), found.tolist(), strict=True)
             ],
+            note=f"its class is {'ahead of' if margins[row] > 0 else 'behind'} the best other one by that cosine",
         )
 
     return [case(row) for row in right], [case(row) for row in wrong]
@@ -232,9 +240,10 @@ def _medium(item: Item) -> Any:
 def notes(data: LabelledSet, by_class: torch.Tensor) -> list[str]:
     """Return what a reader of the numbers must know of a set."""
     found = []
-    if data.missing:
-        listed = len(data.missing) + len(data.labels)
-        found.append(f"{len(data.missing):,} of {listed:,} items are not there and left out.")
+    listed = len(data.missing) + len(data.unreadable) + len(data.labels)
+    for names, reason in ((data.missing, "are not there"), (data.unreadable, "cannot be read")):
+        if names:
+            found.append(f"{len(names):,} of {listed:,} items {reason} and are left out.")
     if empty := int(by_class.isnan().sum()):
         found.append(f"{empty:,} of {len(by_class):,} classes have no item here and are left out of the mean.")
     times = Counter(words[0] for words in data.words)

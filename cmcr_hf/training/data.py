@@ -108,12 +108,12 @@ class Items:
         """Return items that are made of local files when they are read, such as the rows of an archive.
 
         Args:
-            items: each with a [`RemoteFile`] that names the file it is made of.
+            items: each with a path, or a [`RemoteFile`] that names the file it is made of.
             version: of how they are made, which counts as the size and the change time of the files do.
         """
         digest = hashlib.sha256(version.encode())
         for item in items:
-            status = os.stat(item.value.path)
+            status = os.stat(item.value.path if isinstance(item.value, RemoteFile) else item.value)
             digest.update(json.dumps([item.key, item.label, status.st_size, status.st_mtime_ns]).encode())
         made = cls([], modality, Path())
         made._parts = [_Made(items, digest.hexdigest())]

@@ -71,6 +71,7 @@ def embed(
     strict: bool = True,
     progress: bool = True,
     share: tuple[int, int] = (0, 1),
+    shard_rows: int | None = None,
 ) -> EmbeddingStore:
     """Embed items into the store at `folder` and return it; one that is complete is returned as it is.
 
@@ -92,6 +93,7 @@ def embed(
         strict: stop at an item that is unreadable. Otherwise it is left out, and listed in the folder's
             `rejects.jsonl` with its key and the reason.
         share: of this process, from 0, and their number.
+        shard_rows: of a shard at most, which are held in memory; by default a number that fits usual widths.
 
     Returns:
         The store, which is complete unless another process has not embedded its share yet.
@@ -107,7 +109,7 @@ def embed(
         source=record,
         dim=dim,
         data_fingerprint=items.fingerprint,
-        shard_rows=SHARD_ROWS[items.modality],
+        shard_rows=shard_rows or SHARD_ROWS[items.modality],
         share=share,
     )
     if store.complete:

@@ -153,7 +153,7 @@ class TrainSpec:
 
 @dataclass
 class EvaluateSpec:
-    """Held-back items with classes: sounds or point clouds, and the images or texts to retrieve them with.
+    """Held-back items with classes: sounds, point clouds or both, and the images or texts to retrieve them with.
 
     Args:
         names: a phrase or several for each class: for the closed cascade of sounds, and for the zero-shot

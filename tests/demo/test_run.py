@@ -39,6 +39,7 @@ def test_every_baseline_stands_beside_the_connection(small_demo):
         "unconnected",
         "ridge",
         "procrustes",
+        "linear map",
         "one-way bridge",
         "two-way bridge",
         "posterior matching",
@@ -85,3 +86,43 @@ def test_retraining_takes_its_folder_and_seed_from_the_command_line(monkeypatch,
     assert main(["demo", "--retrain", str(tmp_path), "--seed", "7"]) == 0
     assert asked == {"output": tmp_path, "seed": 7}
     assert json.loads(capsys.readouterr().out) == {"seed": 7}
+
+
+def test_the_null_of_two_bridges_sends_no_concept_to_one_place_twice():
+    recipe = load_recipe("all")
+    names = [f"concept {row // 3}" for row in range(36)]
+    concepts = {modality: names for modality in recipe.modalities}
+    for draw in range(5):
+        orders = run._derangements(recipe, concepts, draw)
+        assert {space: list(pools) for space, pools in orders.items()} == {
+            bridge.space: list(bridge.pools) for bridge in recipe.bridges
+        }
+        sent = {
+            space: {(names[row], names[partner]) for row, partner in enumerate(order.tolist())}
+            for space, pools in orders.items()
+            for order in pools.values()
+        }
+        assert all(one != other for pairs in sent.values() for one, other in pairs)
+        assert not sent["clap"] & sent["ulip"]
+        for pools in orders.values():
+            # One map of the concepts for all pools of a bridge.
+            assert len({tuple(order.tolist()) for order in pools.values()}) == 1
+
+
+@pytest.mark.slow
+def test_sounds_and_clouds_meet_in_the_space_of_clip_far_above_chance_and_null(tmp_path):
+    recipe = load_recipe("all")
+    counts = {"images": 20, "sounds": 20, "clouds": 20, "texts": 40}
+    tests = {f"test_{name}": 6 for name in counts}
+    small = replace(recipe, world=counts | tests, train=replace(recipe.train, epochs=20, batch_size=256))
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_recipe", lambda name: small)
+        table, _ = run.run_demo(tmp_path, "all", seeds=1, derangements=1, report=lines.append)
+    for direction in ("audio_to_point_cloud", "point_cloud_to_audio"):
+        connected = table["Ex-MCR, 1 seeds"][direction]["mAP"]
+        assert connected > 0.6
+        for other in ("chance", "unconnected", "null, 1 derangements"):
+            assert table[other][direction]["mAP"] < connected / 2, other
+    assert "by way of CLIP" in "\n".join(lines)
+    assert "cmcr demo --world all --seeds 1 --derangements 1" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -237,6 +237,16 @@ def test_words_are_read(tmp_path: Path, name: str, text: str, expected: dict[str
     assert {key: found[key] for key in expected} == expected
 
 
+def test_a_list_of_words_is_in_the_order_of_the_classes(imagenet: Path) -> None:
+    (imagenet / "clip.json").write_text('["great_tench", ["crane", "wading bird"]]')
+    assert load_imagenet(imagenet, read_words(imagenet / "clip.json")).words == [
+        ["great tench"],
+        ["crane", "wading bird"],
+    ]
+    with pytest.raises(ValueError, match="There are 1 names for 2 classes"):
+        load_imagenet(imagenet, [["tench"]])
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -244,6 +254,9 @@ def test_words_are_read(tmp_path: Path, name: str, text: str, expected: dict[str
         ("w.txt", "dog\n"),
         ("w.json", "{}"),
         ("w.json", "[1]"),
+        ("w.json", "[]"),
+        ("w.json", '"dog"'),
+        ("w.json", '{"cat": "cat", "dog": []}'),
         ("w.json", "{"),
         ("w.json", '{"dog": 1}'),
         ("w.json", '{"dog": []}'),
@@ -255,5 +268,5 @@ def test_words_are_read(tmp_path: Path, name: str, text: str, expected: dict[str
 def test_what_is_no_list_of_words_is_refused(tmp_path: Path, name: str, text: str | None) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="Expected lines `CLASS NAME` or a JSON object"):
+    with pytest.raises(ValueError, match="Expected lines `CLASS NAME`, a JSON object"):
         read_words(tmp_path / name)

@@ -44,7 +44,10 @@ def test_vgg_ss_has_the_boxes_of_its_list(tmp_path: Path) -> None:
 
 
 def test_flickr_soundnet_has_the_boxes_of_three_annotators_for_the_pairs_of_its_list(tmp_path: Path) -> None:
-    data = load_flickr_soundnet(write_flickr_soundnet(tmp_path))
+    write_flickr_soundnet(tmp_path)
+    # As spreadsheets save a table.
+    (tmp_path / "flickr_test.csv").write_text("\ufeff" + (tmp_path / "flickr_test.csv").read_text(), "utf-8")
+    data = load_flickr_soundnet(tmp_path)
     assert [pair.key for pair in data.pairs] == list(FLICKR)
     assert data.pairs[0].boxes == ((0.125, 0.125, 0.5, 1), (0.125, 0.125, 0.5, 0.875), (0, 0, 1, 1))
     assert data.consensus == 2

@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cmcr_hf.evaluation.proposals import grid_boxes
+from cmcr_hf.evaluation.proposals import Detector, grid_boxes, propose
 from cmcr_hf.evaluation.regions import Regions, cut_square
 
 
@@ -22,6 +23,57 @@ def test_the_grid_begins_with_the_whole_picture_and_covers_it_on_every_scale() -
         assert kind.max(axis=0)[2:] == pytest.approx([1, 1])
         for axis, side in ((0, width), (1, height)):
             assert np.diff(np.unique(kind[:, axis])).max(initial=0) <= side / 2 + 1e-6
+
+
+def test_a_detector_proposes_boxes_within_the_picture_and_then_the_whole(detector: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    boxes = Detector(str(detector)).boxes(pixels)
+    # Five queries of a random detector lie on each other.
+    assert 2 <= len(boxes) <= 6
+    assert boxes[-1].tolist() == [0, 0, 1, 1]
+    assert ((boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= 1)).all()
+    assert Detector(str(detector)).boxes(Image.fromarray(pixels)).tolist() == boxes.tolist()
+
+
+def test_what_is_no_detector_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    for name in (tiny_clip, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match=r"Cannot load the detector.*such as facebook/detr-resnet-50"):
+            Detector(str(name))
+
+
+class CountingDetector:
+    """What proposes one box for every picture, and counts them."""
+
+    def __init__(self, name: str) -> None:
+        self.record = {"id": name}
+        self.seen: list[str] = []
+
+    def boxes(self, image: Path) -> np.ndarray:
+        self.seen.append(image.name)
+        return np.array([[0.1, 0.2, 1 / 3, len(self.seen) / 7]])
+
+
+def test_proposals_are_kept_and_a_killed_run_goes_on(tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    kept = tmp_path / "kept" / "proposals.jsonl"
+
+    def run(name: str, pictures: list[str]) -> tuple[list[str], list[Any]]:
+        detector: Any = CountingDetector(name)
+        boxes = propose(detector, pictures, tmp_path, kept, progress=False)
+        return detector.seen, [found.tolist() for found in boxes]
+
+    seen, boxes = run("one", names)
+    assert seen == names
+    content = kept.read_text()
+    assert run("one", names) == ([], boxes)
+    # Whole lines and a part of one.
+    kept.write_text(content[: content.rindex("[[") + 4])
+    assert run("one", names)[0] == ["c.png"]
+    assert len(kept.read_text().splitlines()) == 4
+    assert run("other", names)[0] == names
+    assert run("other", names[:2])[0] == names[:2]
 
 
 def test_a_region_is_squeezed_into_a_square_of_its_area() -> None:

@@ -82,7 +82,7 @@ def test_without_a_pair_that_sounds_there_is_no_metric() -> None:
 
 
 def test_confidences_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 of them NaN"):
-        recognition_metrics(np.array([0, np.nan]), np.ones(2, bool))
+    with pytest.raises(ValueError, match="2 of them not finite"):
+        recognition_metrics(np.array([0, np.nan, -np.inf]), np.ones(3, bool))
     with pytest.raises(ValueError, match="Got 0 confidences"):
         recognition_metrics(np.array([]), np.array([], bool))

@@ -4,6 +4,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,11 +13,10 @@ from sklearn import metrics
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
-from cmcr_hf.evaluation.classification import class_embeds
+from cmcr_hf.evaluation.classification import class_embeds, top_1_hits
 from cmcr_hf.evaluation.labelled import LabelledSet
 from cmcr_hf.evaluation.modelnet40 import CLASSES
 from cmcr_hf.evaluation.zero_shot import (
-    AUDIO_TEMPLATES,
     IMAGE_TEMPLATES,
     TEMPLATES,
     breakdowns,
@@ -51,6 +51,7 @@ def test_items_of_one_class_are_measured_as_scikit_learn_does() -> None:
     assert found["class mean"] == pytest.approx(metrics.balanced_accuracy_score(labels, scores.argmax(1)), abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_ties_are_the_mean_of_scikit_learn_over_every_order_of_the_classes() -> None:
     scores = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [2, 1, 1, 1], [0, 3, 3, 1], [1, 0, 0, 1]], float)
     labels = np.array([2, 0, 3, 0, 3])
@@ -101,6 +102,11 @@ def test_the_chance_of_average_precision_is_its_mean_over_random_scores() -> Non
     assert np.mean(draws) == pytest.approx(chance, abs=0.015)
 
 
+def test_an_item_without_a_class_is_never_right() -> None:
+    scores = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    assert top_1_hits(scores, torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()).tolist() == [0.5, 0, 1]
+
+
 def test_a_single_class_is_always_right() -> None:
     found = measure(torch.tensor([[0.1], [0.2]]), labelled([[0], [0]], 1), resamples=10)
     assert found.metrics["model"] == found.metrics["chance"] == {"top-1": 1.0, "class mean": 1.0}
@@ -146,6 +152,7 @@ def test_cases_are_the_clearest_of_each_class() -> None:
     assert [(case.query.name, case.query.label) for case in worst] == [("000003", "class 1"), ("000004", "class 0")]
     assert best[0].score == pytest.approx(0.8)
     assert worst[0].score == pytest.approx(-0.6)
+    assert worst[0].note == "its class is behind the best other one by that cosine"
     assert [(shown.value, shown.right) for shown in worst[0].found] == [("class 0", False), ("class 1", True)]
 
 
@@ -174,9 +181,10 @@ def test_every_default_template_has_one_place_for_the_name() -> None:
     }
 
 
-def test_templates_are_read_line_by_line(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("a {}.\n\n  the {}\n")
-    assert read_templates(tmp_path / "t.txt") == ["a {}.", "the {}"]
+@pytest.mark.parametrize(("name", "text"), [("t.txt", "a {}.\n\n  the {}\n"), ("t.json", '["a {}.", "the {}"]')])
+def test_templates_are_read_from_lines_or_a_list(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_templates(tmp_path / name) == ["a {}.", "the {}"]
 
 
 @pytest.mark.parametrize("text", ["", "\n", None])
@@ -218,7 +226,7 @@ def write_audioset(folder: Path) -> None:
     lines = ["# made", "# num_ytids=5", "# YTID, start_seconds, end_seconds, positive_labels"]
     lines += [f'{name}, 0.000, 10.000, "{own}"' for name, own in zip(ids, labels, strict=True)]
     write(folder / "eval_segments.csv", "\n".join(lines))
-    write(folder / "class_labels_indices.csv", "index,mid,display_name\n0,/m/dog,Dog\n1,/m/cat,Cat\n2,/m/sea,Sea\n")
+    write(folder / "class_labels_indices.csv", "index,mid,display_name\n0,/m/dog,dog\n1,/m/cat,cat\n2,/m/sea,sea\n")
     for row, name in enumerate(ids[:4]):
         write(folder / "wav" / f"Y{name}.wav", clip(row))
 
@@ -309,6 +317,23 @@ def test_every_layout_runs_from_files_to_numbers(
     assert str(folder) not in page + json.dumps(found)
 
 
+def test_a_data_set_of_the_hub_s_form_is_measured(tiny_model: Path, folder: Path) -> None:
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dog", "sea", "cat"])}
+    )
+    rows = {"picture": [{"bytes": photo(row), "path": None} for row in range(4)], "kind": [0, 2, 0, 2]}
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "test-0.parquet")
+    options = ("--modality", "image", "--column", "picture", "--label", "kind", "--split", "test")
+    assert run(tiny_model, folder, "table", *options) == 0
+    found = result(folder)
+    assert found["data"]["items"] == {"items": 4, "classes": 2}
+    assert found["settings"]["names"] == ["cat", "dog"]
+    assert (folder.parent / "out" / "report.html").read_text().count("data:image/jpeg") == len(
+        found["best"] + found["worst"]
+    )
+
+
 def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
     tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,21 +342,28 @@ def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
     out = capsys.readouterr().out
     assert out.startswith("zero-shot classification of ModelNet40: 40 items, 40 classes\n")
     assert "C-MCR (published)" in out
+    assert "Published numbers are of ULIP's 64" in out
     found = result(folder)
     assert set(found["metrics"]["model"]["zero-shot classification"]) == {"top-1", "top-3", "top-5", "class mean"}
     assert len(found["settings"]["templates"]) == 64
-    assert (folder.parent / "out" / "report.html").read_text().count("data:image/jpeg") >= 1
+    assert found["settings"]["names"][CLASSES.index("night_stand")] == "night stand"
+    page = (folder.parent / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == len(found["best"]) + len(found["worst"])
+    assert "The first and the last 10 of 40" in page
+    assert page.count("<td><svg") == 20 + min(len(found["breakdowns"][1]["rows"]), 20)
 
 
 def test_the_numbers_are_those_of_the_model_itself(tiny_model: Path, folder: Path) -> None:
     write_esc50(folder)
-    assert run(tiny_model, folder, "esc-50") == 0
+    assert run(tiny_model, folder, "esc-50", "--template", "the {}", "--template", "{}") == 0
     model, processor = CMCRModel.from_pretrained(tiny_model), CMCRProcessor.from_pretrained(tiny_model)
     names = ["cat", "dog", "sea bell", "train"]
     with torch.inference_mode():
-        texts = model.get_text_features(**processor(text=[AUDIO_TEMPLATES[0].format(name) for name in names]))
+        prompts = [template.format(name) for name in names for template in ("the {}", "{}")]
+        texts = model.get_text_features(**processor(text=prompts))
         audio = model.get_audio_features(**processor(audio=[folder / "audio" / f"{row}.wav" for row in range(6)]))
-    scores = audio.pooler_output @ class_embeds(texts.pooler_output[:, None]).T
+    scores = audio.pooler_output @ class_embeds(texts.pooler_output.unflatten(0, (4, 2))).T
+    assert len(scores.unique()) == 24
     expected = measure(scores, labelled([[1], [0], [2], [1], [0], [3]], 4), resamples=0).metrics["model"]
     assert result(folder)["metrics"]["model"]["zero-shot classification"] == pytest.approx(expected)
 
@@ -375,6 +407,8 @@ def test_folds_names_templates_and_limits_reach_the_result(tiny_model: Path, fol
     assert run(tiny_model, folder, "esc-50", "--prompts", str(folder / "t.txt"), "--limit", "2") == 0
     found = result(folder)
     assert (found["data"]["items"]["items"], found["settings"]["templates"]) == (2, ["the {}"])
+    # Those are of all clips.
+    assert found["published"] == []
 
 
 def test_names_of_a_file_replace_those_of_the_folders(tiny_model: Path, folder: Path) -> None:
@@ -392,8 +426,25 @@ def test_missing_clips_are_listed_counted_and_left_out(
 ) -> None:
     write_audioset(folder)
     assert run(tiny_model, folder, "audioset") == 0
-    assert "1 of 5 items are not there and left out." in capsys.readouterr().out
+    assert "1 of 5 items are not there and are left out." in capsys.readouterr().out
     assert result(folder)["data"]["missing"] == ["4bcdefghijk"]
+
+
+def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_audioset(folder)
+    write(folder / "wav" / "Y1bcdefghijk.wav", b"RIFF of nothing")
+    for _ in range(2):
+        assert run(tiny_model, folder, "audioset", "--template", "{}") == 0
+        assert "1 of 5 items cannot be read and are left out." in capsys.readouterr().out
+    found = result(folder)
+    assert found["data"]["unreadable"] == ["wav/Y1bcdefghijk.wav"]
+    assert found["data"]["items"] == {"items": 3, "classes": 3}
+    own = {"wav/Y0bcdefghijk.wav": "dog", "wav/Y2bcdefghijk.wav": "sea", "wav/Y3bcdefghijk.wav": "cat"}
+    shown = [case["query"] for case in found["best"] + found["worst"]]
+    assert shown
+    assert all(query["label"] == own[query["name"]] for query in shown)
 
 
 @pytest.mark.parametrize(

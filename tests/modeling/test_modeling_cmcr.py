@@ -643,3 +643,49 @@ def test_a_source_that_is_given_as_a_model_keeps_its_weights(tiny_clip):
     before = {name: value.clone() for name, value in clip.state_dict().items()}
     model = CMCRModel.from_sources_pretrained(clip, config={"projection_dim": 8})
     assert all(torch.equal(value, before[name]) for name, value in model.clip.state_dict().items())
+
+
+# More than two spaces
+
+
+@pytest.fixture(scope="module")
+def extended(tiny_clip, tiny_clap, tiny_ulip, tmp_path_factory):
+    """CLIP, and CLAP and ULIP extended into it: before and after it was saved and loaded."""
+    torch.manual_seed(0)
+    model = CMCRModel.from_sources_pretrained(tiny_clip, tiny_clap, ulip=tiny_ulip, config={"objective": "ex-mcr"})
+    folder = tmp_path_factory.mktemp("saved") / "extended"
+    model.save_pretrained(folder)
+    return model, CMCRModel.from_pretrained(folder)
+
+
+def in_memory_of_its_own(model):
+    """Copy the weights: those that a file is mapped to may lie at addresses where products round differently."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_base_space_of_three_is_that_of_its_source_to_the_last_bit(extended, tiny_clip, inputs):
+    clip = in_memory_of_its_own(CLIPModel.from_pretrained(tiny_clip))
+    images = F.normalize(clip.get_image_features(inputs["pixel_values"]).pooler_output, dim=-1)
+    texts = F.normalize(clip.get_text_features(IDS).pooler_output, dim=-1)
+    for model in map(in_memory_of_its_own, extended):
+        assert model.config.projectors["clip"] == {"layout": "identity", "input_dim": 24}
+        assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, images)
+        assert torch.equal(model.get_text_features(IDS).pooler_output, texts)
+        output = model(pixel_values=inputs["pixel_values"], input_ids=IDS)
+        assert torch.equal(output.logits_per_image, model.connector.logit_scale.exp() * images @ texts.T)
+
+
+@torch.no_grad()
+def test_three_spaces_share_one_and_survive_saving(extended, inputs):
+    clouds = torch.randn(3, 40, 3, generator=torch.Generator().manual_seed(1))
+    for model in extended:
+        assert model.config.spaces == ["clip", "clap", "ulip"]
+        assert model.config.bridges == [["clip", "clap", "text"], ["clip", "ulip", "image"]]
+        output = model(**inputs, point_clouds=clouds)
+        assert output.audio_embeds.shape == output.point_cloud_embeds.shape == output.image_embeds.shape == (3, 24)
+    before, after = (model(**inputs, point_clouds=clouds) for model in extended)
+    assert torch.equal(before.point_cloud_embeds, after.point_cloud_embeds)
+    assert torch.equal(before.audio_embeds, after.audio_embeds)

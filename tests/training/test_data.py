@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.training import data
-from cmcr_hf.training.data import Items
+from cmcr_hf.training.data import Item, Items, RemoteFile
 from cmcr_hf.training.recipe import DataSpec
 
 
@@ -38,6 +38,28 @@ def pictures(tmp_path):
         write_image(tmp_path / "pictures" / name)
     (tmp_path / "pictures" / "a" / "notes.txt").write_text("no picture")
     return tmp_path
+
+
+# Lists
+
+
+def test_items_that_are_made_of_a_file_are_other_ones_once_it_or_their_making_changes(tmp_path):
+    path = tmp_path / "archive"
+    path.write_bytes(b"0123")
+    rows = [
+        Item(str(row), RemoteFile(str(path), lambda row=row: path.read_bytes()[row : row + 1])) for row in range(4)
+    ]
+
+    def made(version="first"):
+        return Items.made("audio", rows, version)
+
+    before = made()
+    assert before.fingerprint == made().fingerprint != made("second").fingerprint
+    assert [item.value.fetch() for item in before] == [b"0", b"1", b"2", b"3"]
+    parts = before.parts(3)
+    assert [[item.key for item in part.read(1)] for part in parts] == [["1", "2"], []]
+    path.write_bytes(b"01234")
+    assert made().fingerprint != before.fingerprint
 
 
 # Folders

@@ -229,3 +229,60 @@ def test_stores_that_cannot_be_used_are_refused(tmp_path, text, message):
 def test_items_to_evaluate_with_come_from_no_store(tmp_path):
     evaluate = "evaluate: {image: {folder: a, label: stem, stores: {clip: b}}, audio: {folder: c, label: stem}}\n"
     assert "evaluate: image has stores, expected items" in refusal(write(tmp_path, MINIMAL + evaluate))
+
+
+THREE = """
+name: three
+sources: {clip: some/clip, ulip: some/ulip, clap: some/clap}
+text: [{table: texts.csv, column: text}]
+image: [{folder: images}]
+audio: [{folder: sounds}]
+point_cloud: [{folder: clouds}]
+connector: {objective: ex-mcr}
+"""
+
+
+def test_a_connection_of_two_spaces_is_centred_on_their_overlap_unless_pools_are_named(tmp_path):
+    assert load_recipe(write(tmp_path, MINIMAL)).bridges == [Bridge("clap", "text", ("text",))]
+    recipe = load_recipe(write(tmp_path, MINIMAL + "pools: [audio, text]\n"))
+    assert recipe.bridges == [Bridge("clap", "text", ("text", "audio"))]
+    recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {objective: ex-mcr}\n"))
+    assert recipe.bridges == [Bridge("clap", "text", ("text", "image", "audio"))]
+
+
+def test_three_spaces_have_a_bridge_and_pools_for_each_that_is_extended(tmp_path):
+    recipe = load_recipe(write(tmp_path, THREE))
+    assert recipe.spaces == ["clip", "clap", "ulip"]
+    assert recipe.bridges == [
+        Bridge("clap", "text", ("text", "image", "audio")),
+        Bridge("ulip", "image", ("image", "text", "point_cloud")),
+    ]
+    assert recipe.modalities == ["text", "image", "audio", "point_cloud"]
+    assert {name: recipe.spaces_of(name) for name in recipe.modalities} == {
+        "text": ["clip", "clap"],
+        "image": ["clip", "ulip"],
+        "audio": ["clap"],
+        "point_cloud": ["ulip"],
+    }
+
+
+def test_bridges_of_three_spaces_may_go_through_texts_alone(tmp_path):
+    bridges = "connector: {objective: ex-mcr, bridges: [[clip, ulip, text], [clip, clap, text]]}"
+    recipe = load_recipe(write(tmp_path, THREE.replace("connector: {objective: ex-mcr}", bridges)))
+    assert [(bridge.space, bridge.overlap) for bridge in recipe.bridges] == [("clap", "text"), ("ulip", "text")]
+    assert recipe.spaces_of("text") == ["clip", "clap", "ulip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (THREE.replace("ex-mcr", "c-mcr"), "expected the objective ex-mcr for three spaces, got c-mcr"),
+        (THREE.replace("ex-mcr", "ex-mcr, bridges: [[clip, clap, text]]"), "and one [clip, ulip, MODALITY]"),
+        (THREE + "pools: [audio]\n", "pools are ['audio'], expected one at least of image, text, point_cloud"),
+        (MINIMAL + "pools: [text, point_cloud]\n", "pools name 'point_cloud', expected some of text, image, audio"),
+        (MINIMAL + "pools: []\n", "pools are [], expected one at least of text, image, audio for clip and clap"),
+        (THREE + "evaluate: {image: {folder: a, label: parent}}\n", "evaluate: expected audio or point_cloud"),
+    ],
+)
+def test_spaces_pools_and_bridges_that_do_not_fit_are_refused(tmp_path, text, expected):
+    assert expected in refusal(write(tmp_path, text))
