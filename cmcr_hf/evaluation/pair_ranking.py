@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..training.data import Item, Items
+from ..training.data import Items
 from ..training.store import EmbeddingStore, check_same_keys
 from .baselines import TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
@@ -279,8 +279,8 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
             # What should have been found stands last.
             first = [*first[: FOUND - 1], best]
         found[row] = (first, scores[first].tolist(), right)
-    queries = _items(data.sides[0], set(found))
-    results = _items(data.sides[1], {place for first, _, _ in found.values() for place in first})
+    queries = data.sides[0].pick(found)
+    results = data.sides[1].pick({place for first, _, _ in found.values() for place in first})
 
     def case(row: int) -> Case:
         first, scores, right = found[row]
@@ -299,7 +299,3 @@ def _label(data: PairedSet, side: int, row: int) -> str | None:
     if data.classes is None:
         return None
     return ", ".join(data.class_names[place] for place in data.classes[side][row].nonzero()[:, 0].tolist())
-
-
-def _items(items: Items, rows: set[int]) -> dict[int, Item]:
-    return {row: item for row, item in enumerate(items) if row in rows}

@@ -231,7 +231,7 @@ def shown(name: str | Path) -> str:
     text = str(name)
     if Path(text).is_absolute():
         return Path(text).name
-    # --data=/home/me/pairs.csv, and clip=/home/me/stores/clip
+    # Of --data=PATH, and of SPACE=STORE.
     head, equals, tail = text.partition("=")
     return f"{head}={Path(tail).name}" if equals and Path(tail).is_absolute() else text
 

@@ -171,6 +171,26 @@ def test_point_clouds_are_ranked_for_images_and_texts(
     }
 
 
+def test_a_data_set_of_pictures_and_lists_of_captions_is_ranked_and_shown(tiny_model: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(3)]
+    cells = [{"bytes": image, "path": None} for image in images]
+    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
+    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
+    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["data"]["items"] == {"images": 3, "texts": 4}
+    assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 3
+    assert "cannot be read" not in page
+    assert str(tmp_path) not in page
+
+
 def test_with_a_bank_the_baselines_stand_beside_the_model(
     tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from cmcr_hf.evaluation.result import (
     settings,
     shown,
 )
+from cmcr_hf.training.data import RemoteFile
 from tests.media import RATE, encode_audio, encode_image, noise, picture
 
 
@@ -30,6 +31,7 @@ def result(tmp_path: Path) -> EvaluationResult:
         Shown("text", "a <b>cat</b>", "000001", None, -0.2, False),
         Shown("point_cloud", np.eye(3), "cloud"),
         Shown("audio", tmp_path / "gone.wav", "gone.wav"),
+        Shown("image", RemoteFile("hf://datasets/pets/dog.png", image.read_bytes), "dog.png"),
     ]
     case = Case(Shown("audio", clip, "bark.wav", "dog"), 0.5, found, Image.new("RGB", (2000, 1000)), "marked by boxes")
     return EvaluationResult(
@@ -97,8 +99,8 @@ def test_the_page_holds_its_pictures_and_sounds_and_escapes_texts(result: Evalua
     result.write(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count('src="data:audio/mpeg;base64,') == 1
-    # The picture, the drawn cloud and the overlay.
-    assert page.count('src="data:image/jpeg;base64,') == 3
+    # The picture, the fetched one, the drawn cloud and the overlay.
+    assert page.count('src="data:image/jpeg;base64,') == 4
     assert "a &lt;b&gt;cat&lt;/b&gt;" in page
     assert "gone.wav: not shown, cannot be read" in page
     assert "published, not measured here" in page
