@@ -352,7 +352,8 @@ def _retrieval_sets(
     sets = []
     for first, second in itertools.combinations(queries, 2):
         between = (banks[first][1], banks[second][1])
-        sets.append(RetrievalSet(queries[first], queries[second], banks[first][0], banks[second][0], between))
+        there, back = banks[first][0], banks[second][0]
+        sets.append(RetrievalSet(queries[first], queries[second], there, back, between=between))
     for space, query in queries.items():
         galleries = [sides[modality] for modality in ("image", "text") if modality in sides]
         there, back = banks[space]
@@ -639,7 +640,7 @@ def _train(
         digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
     key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector}
     state = folder / STAGE
-    with _stage(folder.name if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
+    with _stage("train" if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():
             try:
                 document = json.loads(state.read_text(encoding="utf-8"))

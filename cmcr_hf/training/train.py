@@ -109,7 +109,7 @@ class ConnectorArguments:
     stores: list[str] = field(
         metadata={
             "help": "Embedding stores of row-aligned items, folders or addresses such as hf://datasets/ORG/NAME, in "
-            "any order: native overlap pair and pseudo leaf pair; those of other pools behind them."
+            "any order: native overlap pair and pseudo leaf pair; several pools are told apart by their items."
         }
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
