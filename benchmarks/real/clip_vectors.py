@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from benchmarks.real.data import check_data, read_sounds
@@ -34,7 +35,7 @@ from benchmarks.timing import machine
 from cmcr_hf import CMCRConfig
 from cmcr_hf.cpu import tuned_cpu
 from cmcr_hf.evaluation.baselines import one_way_bridge, posterior_matching, ridge_map
-from cmcr_hf.modeling.configuration_cmcr import TEMPERATURES
+from cmcr_hf.evaluation.connection import ROWS
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector
 from cmcr_hf.output import write_json
 from cmcr_hf.training.aggregate import aggregate
@@ -202,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/real_retrieval"), help="of the small source")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument(
-        "--objectives", nargs="+", choices=TEMPERATURES, default=["bridge-distillation"], help="what to train"
-    )
+    parser.add_argument("--objectives", nargs="+", choices=ROWS, default=["bridge-distillation"], help="what to train")
     parser.add_argument("--seeds", type=int, default=5, help="connectors a half (default: %(default)s)")
     parser.add_argument("--derangements", type=int, default=3, help="of the null (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -213,23 +212,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     vectors = read_vectors(arguments.data, arguments.cache)
     halves = torch.tensor([half_of(number) for number in range(len(vectors.images))])
     table = {name: [areas(vectors, scores, halves)] for name, scores in training_free(vectors, halves).items()}
-    for objective in arguments.objectives:
-        table[objective] = [
-            areas(vectors, connected(vectors, halves, seed, objective), halves) for seed in range(arguments.seeds)
-        ]
-        table[f"null of {objective}"] = [
-            areas(vectors, connected(vectors, halves, seed, objective, deranged=True), halves)
-            for seed in range(arguments.derangements)
-        ]
+    runs = [
+        (objective, seed, deranged)
+        for objective in arguments.objectives
+        for deranged, count in ((False, arguments.seeds), (True, arguments.derangements))
+        for seed in range(count)
+    ]
+    for objective, seed, deranged in tqdm(runs, desc="connectors", unit="run"):
+        row = f"null of {ROWS[objective]}" if deranged else ROWS[objective]
+        scores = connected(vectors, halves, seed, objective, deranged)
+        table.setdefault(row, []).append(areas(vectors, scores, halves))
     print(f"{len(vectors.images)} photographs, {len(vectors.text_clip)} names. {machine()}\n")
     print(f"{'mean area under the ROC curve':42} {'mean':12} " + " ".join(f"{name:>5}" for name in SOUNDS))
-    for name, runs in table.items():
-        if runs:
-            rows = torch.tensor([[run[sound] for sound in SOUNDS] for run in runs])
-            means = rows.mean(dim=1)
-            spread = f"±{means.std().item():.3f}" if len(runs) > 1 else ""
-            cells = " ".join(f"{value:5.2f}" for value in rows.mean(dim=0).tolist())
-            print(f"{name:42} {means.mean().item():.3f} {spread:6} {cells}")
+    for name, measured in table.items():
+        rows = torch.tensor([[run[sound] for sound in SOUNDS] for run in measured])
+        means = rows.mean(dim=1)
+        spread = f"±{means.std().item():.3f}" if len(measured) > 1 else ""
+        cells = " ".join(f"{value:5.2f}" for value in rows.mean(dim=0).tolist())
+        print(f"{name:42} {means.mean().item():.3f} {spread:6} {cells}")
     if arguments.output is not None:
         write_json(arguments.output, {"areas": table, "batch_size": BATCH_SIZE, "steps": STEPS})
 

@@ -238,17 +238,22 @@ def test_a_connector_trains_on_texts_and_unlabelled_memories_alone() -> None:
 def test_a_table_has_every_row_and_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     schedules = dict.fromkeys(real_retrieval.SCHEDULES, real_retrieval.Schedule(batch_size=6, epochs=1))
     monkeypatch.setattr(real_retrieval, "SCHEDULES", schedules)
+    monkeypatch.setattr(real_retrieval, "DISTILLATION", schedules["names"])
     embeddings = random_embeddings()
     table, spread = real_retrieval.experiment(embeddings, ["names", "captions"], seeds=1, derangements=1, workers=1)
-    trained = ["C-MCR, 17 names", "C-MCR, captions", "null, 17 names"]
-    assert list(table)[-4:] == ["closed PM", *trained]
+    trained = ["C-MCR, 17 names", "C-MCR, captions", "bridge distillation, 17 names", "bridge distillation, captions"]
+    trained += ["null, 17 names", "null of bridge distillation, 17 names"]
+    assert list(table)[-7:] == ["closed PM", *trained]
     assert spread == {}
     assert {"chance", "unconnected", "ridge", "procrustes", "one-way bridge", "two-way bridge"} < set(table)
     # The same texts under the same seeds: only the pairing tells the null from the connector.
-    assert table["C-MCR, 17 names"] == table["C-MCR, captions"]
+    for name in ("C-MCR", "bridge distillation"):
+        assert table[f"{name}, 17 names"] == table[f"{name}, captions"]
     assert table["null, 17 names"] != table["C-MCR, 17 names"]
+    assert table["null of bridge distillation, 17 names"] != table["bridge distillation, 17 names"]
+    assert table["bridge distillation, 17 names"] != table["C-MCR, 17 names"]
     found = real_retrieval.targets(table, embeddings.zero_shot)
-    assert len(found) == 11
+    assert len(found) == 21
     assert str(found[0]).endswith("floor 0.55: met, expected 0.65: met, stretch 0.75: NOT met")
 
 

@@ -130,6 +130,13 @@ def test_what_cannot_train_is_refused_with_what_to_do(tmp_path):
         CMCRConfig(objective="bridge-distillation", bridges=bridges)
 
 
+def test_several_ranks_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(ConnectorTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="bridge-distillation trains in one process, got 2"):
+        train_connector(small_config(), unpaired_embeds(), args)
+
+
 def test_the_script_trains_on_two_memories_of_unlike_rows(tmp_path):
     folders = []
     for name, rows in unpaired_embeds().items():
