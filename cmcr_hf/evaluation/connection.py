@@ -16,7 +16,7 @@ from .retrieval import chance, label_retrieval
 Metrics = dict[str, dict[str, float]]
 CLASSIFICATION = "zero-shot classification"
 # The name of a connection's row in a table, by its objective.
-ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR"}
+ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR", "bridge-distillation": "bridge distillation"}
 
 
 @dataclass

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..training.data import Item, Items
+from ..training.data import Items
+from ..training.store import EmbeddingStore, check_same_keys
 from .baselines import TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .embedding import EvaluatedModel
@@ -53,8 +54,8 @@ PUBLISHED = {
     layout: [Published(model, {MEAN: {"R@1": first, "R@5": fifth}}, _FREEBIND) for model, first, fifth in rows]
     for layout, rows in _NUMBERS.items()
 }
-# Scores of one block, 128 MB in float32, and those that are ranked at once.
-_SCORED, _RANKED = 2**25, 2**21
+# Scores of one block, 64 MB in float32, and those that are ranked at once.
+_SCORED, _RANKED = 2**24, 2**21
 CASES, FOUND = 8, 5
 
 
@@ -73,7 +74,11 @@ class Ranked:
 
 
 def build_scorers(
-    model: EvaluatedModel, data: PairedSet, *, bank: Items | None = None, text_space: str | None = None
+    model: EvaluatedModel,
+    data: PairedSet,
+    *,
+    bank: Items | Mapping[str, EmbeddingStore] | None = None,
+    text_space: str | None = None,
 ) -> dict[str, tuple[Scorer, Scorer]]:
     """Embed both sides, and return the model and what there is to compare with it as functions that score.
 
@@ -82,7 +87,7 @@ def build_scorers(
     text tower: there, the modalities were paired in training.
 
     Args:
-        bank: items of a modality that both spaces have.
+        bank: items of a modality that both spaces have, or their stores by space.
         text_space: of the texts; by default that of the model.
 
     Raises:
@@ -95,15 +100,9 @@ def build_scorers(
     if spaces[0] == spaces[1]:
         scorers[f"{spaces[0]} alone"] = (inner_scorer(first, second), inner_scorer(second, first))
     elif bank is not None:
-        for space in spaces:
-            if bank.modality not in config.modalities_of(space):
-                raise ValueError(
-                    f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
-                    f"{bank.modality} items. Name a bank of what both sources embed."
-                )
-        banks = [model.source_embeds(bank, space) for space in spaces]
+        banks, modality = _bank_embeds(model, bank, spaces)
         names: list[torch.Tensor] = []
-        if data.class_names and bank.modality == "text":
+        if data.class_names and modality == "text":
             words = Items.listed("text", [name.replace("_", " ") for name in data.class_names])
             names = [model.source_embeds(words, space) for space in spaces]
         scorers |= baseline_scorers(first, second, *banks, *names)
@@ -120,6 +119,32 @@ def build_scorers(
         for embeds, modality, space in zip((first, second), modalities, spaces, strict=True)
     )
     return {**scorers, MODEL: (inner_scorer(a, b), inner_scorer(b, a))}
+
+
+def _bank_embeds(
+    model: EvaluatedModel, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]
+) -> tuple[list[torch.Tensor], str]:
+    """Return the bank in each of two spaces, and what it is made of."""
+    config = model.model.config
+    if isinstance(bank, Items):
+        for space in spaces:
+            if bank.modality not in config.modalities_of(space):
+                raise ValueError(
+                    f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
+                    f"{bank.modality} items. Name a bank of what both sources embed."
+                )
+        return [model.source_embeds(bank, space) for space in spaces], bank.modality
+    for space in spaces:
+        width = (config.projectors or {})[space]["input_dim"]
+        store = bank.get(space)
+        if store is None or store.space != space or store.dim != width:
+            found = "none" if store is None else f"one of {store.space}, {store.dim} wide"
+            raise ValueError(
+                f"Expected a store of the bank in {space}, {width} wide, got {found}. Embed it with both."
+            )
+    first, second = (bank[space] for space in spaces)
+    check_same_keys((str(first.folder), first.keys()), (str(second.folder), second.keys()))
+    return [first.tensor().float(), second.tensor().float()], first.modality
 
 
 def measure_rankings(
@@ -222,17 +247,19 @@ def _summary_intervals(
 
 
 def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
-    """Return a sentence for each direction in which a bridge, which needs no training, ranks better than the model."""
-    sentences = []
+    """Return a sentence that names where a bridge, which needs no training, ranks better than the model, if any."""
+    below = []
     for group, values in metrics[MODEL].items():
         rivals = {name: metrics[name][group]["mAP"] for name in TRAINING_FREE if group in metrics.get(name, {})}
         best = max(rivals, key=lambda name: rivals[name], default=None)
         if best is not None and group != MEAN and values["mAP"] < rivals[best]:
-            sentences.append(
-                f"{said(group)}: the model's mAP of {number(values['mAP'])} is below the {number(rivals[best])} of "
-                f"{best}, which needs no training, but the bank at every query."
-            )
-    return sentences
+            below.append(f"{said(group)} {number(values['mAP'])} against {number(rivals[best])} of {best}")
+    if not below:
+        return []
+    return [
+        "The model ranks worse than a bridge that needs no training, but the bank at every query, by mAP: "
+        f"{'; '.join(below)}."
+    ]
 
 
 def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
@@ -240,16 +267,20 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
     order = precision.argsort(descending=True, stable=True).tolist()
     chosen = [order[:CASES], order[::-1][: min(CASES, len(order) - CASES)]]
     found: dict[int, tuple[list[int], list[float], set[int]]] = {}
+    notes: dict[int, str] = {}
     for row in [row for part in chosen for row in part]:
         scores = scorer(slice(row, row + 1))[0]
         right = data.right(0, row)
         first = scores.sort(descending=True, stable=True).indices[:FOUND].tolist()
+        best = max(right, key=lambda place: scores[place].item())
+        rank = 1 + int((scores > scores[best]).sum())
+        notes[row] = f"its average precision; the first right one is at rank {rank:,} of {len(scores):,}"
         if not right & set(first):
             # What should have been found stands last.
-            first = [*first[: FOUND - 1], max(right, key=lambda place: scores[place].item())]
+            first = [*first[: FOUND - 1], best]
         found[row] = (first, scores[first].tolist(), right)
-    queries = _items(data.sides[0], set(found))
-    results = _items(data.sides[1], {place for first, _, _ in found.values() for place in first})
+    queries = data.sides[0].pick(found)
+    results = data.sides[1].pick({place for first, _, _ in found.values() for place in first})
 
     def case(row: int) -> Case:
         first, scores, right = found[row]
@@ -259,7 +290,7 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
             for place, score in zip(first, scores, strict=True)
             for item in [results[place]]
         ]
-        return Case(query, precision[row].item(), shown, note="the score is the average precision")
+        return Case(query, precision[row].item(), shown, note=notes[row])
 
     return [case(row) for row in chosen[0]], [case(row) for row in chosen[1]]
 
@@ -268,7 +299,3 @@ def _label(data: PairedSet, side: int, row: int) -> str | None:
     if data.classes is None:
         return None
     return ", ".join(data.class_names[place] for place in data.classes[side][row].nonzero()[:, 0].tolist())
-
-
-def _items(items: Items, rows: set[int]) -> dict[int, Item]:
-    return {row: item for row, item in enumerate(items) if row in rows}

@@ -228,10 +228,12 @@ def settings(
 
 def shown(name: str | Path) -> str:
     """Return a name or an option as it was given, of an absolute path its last part: no result names a machine."""
-    option, equals, value = str(name).partition("=")
-    if equals and option.startswith("--"):
-        return f"{option}={shown(value)}"
-    return Path(name).name if Path(name).is_absolute() else str(name)
+    text = str(name)
+    if Path(text).is_absolute():
+        return Path(text).name
+    # Of --data=PATH, and of SPACE=STORE.
+    head, equals, tail = text.partition("=")
+    return f"{head}={Path(tail).name}" if equals and Path(tail).is_absolute() else text
 
 
 def said(group: str) -> str:

@@ -10,6 +10,7 @@ from .commands import add_shared_options, evaluated_model, finish, run_settings
 
 if TYPE_CHECKING:
     from ..training.data import Items
+    from ..training.store import EmbeddingStore
     from .pairs import PairedSet
 
 LAYOUTS = ("pairs", "ave", "flickr-soundnet", "vgg-ss", "audiocaps", "clotho", "coco")
@@ -21,6 +22,10 @@ _LAYOUTS_OF = {
     "split": ("pairs", "audiocaps", "clotho", "coco"),
     "list": ("flickr-soundnet", "vgg-ss"),
 }
+_DESCRIPTION = """\
+Rank the items of one modality for every item of another, in both directions: R@1, R@5, R@10 and their mean, mAP and
+the median rank, by class too where items have classes. Beside the model stand chance, the sources alone, and with
+--bank what connects them without training."""
 _EPILOG = """data:
   pairs            a table (.csv, .tsv, .jsonl, .parquet) or a data set (folder or Hub id), and its columns:
                    --columns image=file text=caption_1 text=caption_2 class=label; of two of image, audio, text and
@@ -44,9 +49,7 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = tasks.add_parser(
         "retrieval",
         help="retrieval between two modalities: pairs of your own, AVE, VGG-SS, AudioCaps, Clotho, COCO",
-        description="Rank the items of one modality for every item of another, in both directions: R@1, R@5, R@10 and "
-        "their mean, mAP and the median rank, by class too where items have classes. Beside the model stand chance, "
-        "the sources alone, and with --bank what connects them without training.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,9 +71,11 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--bank",
+        nargs="+",
         metavar="DATA",
         help="texts (a .txt, .csv, ...: of a table, the first column, or --bank-column), or a folder of images: what "
-        "both sources embed, for the baselines that connect them without training",
+        "both sources embed, for the baselines that connect them without training; or what `cmcr embed` made of it, "
+        "clip=STORE clap=STORE",
     )
     parser.add_argument("--bank-column", metavar="COLUMN", help="of the bank")
     parser.add_argument(
@@ -82,20 +87,28 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _retrieval(arguments: argparse.Namespace) -> None:
+    from ..training.data import Items
     from .pair_ranking import PUBLISHED, build_scorers, compare_with_bridges, measure_rankings, ranking_cases
     from .result import MODEL, EvaluationResult
 
     data = _paired_set(arguments)
     bank = None if arguments.bank is None else _bank(arguments)
-    modalities = {*data.modalities, *(() if bank is None else (bank.modality,))}
-    if bank is not None and data.class_names and bank.modality == "text":
+    modalities = set(data.modalities)
+    if isinstance(bank, Items):
+        modalities.add(bank.modality)
+    elif bank is not None and data.class_names:
+        # For the names of the classes.
         modalities.add("text")
     with evaluated_model(arguments, *sorted(modalities)) as model:
         scorers = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
         ranked = measure_rankings(data, scorers, resamples=arguments.bootstrap, seed=arguments.seed)
         best, worst = ranking_cases(data, scorers[MODEL][0], ranked.precision)
         kind = "-".join("3D" if name == "point_cloud" else name for name in data.modalities)
-        described = None if bank is None else {"items": len(bank), "fingerprint": bank.fingerprint}
+        described: dict[str, str | int] = {}
+        if isinstance(bank, Items):
+            described = {"items": len(bank), "fingerprint": bank.fingerprint}
+        elif bank is not None:
+            described = {f"{space} sha256": store.digest for space, store in bank.items()}
         finish(
             arguments,
             EvaluationResult(
@@ -119,13 +132,20 @@ def _retrieval(arguments: argparse.Namespace) -> None:
         )
 
 
-def _bank(arguments: argparse.Namespace) -> Items:
+def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
     from ..training.data import Items
     from ..training.embed_command import data_entry
+    from ..training.store import EmbeddingStore
 
-    modality = "image" if Path(arguments.bank).is_dir() and arguments.bank_column is None else "text"
+    named = [part.partition("=") for part in arguments.bank]
+    if all(equals and space in ("clip", "clap", "ulip") for space, equals, _ in named):
+        return {space: EmbeddingStore.open(folder) for space, _, folder in named}
+    if len(named) > 1:
+        raise ValueError(f"Expected one bank, or SPACE=STORE twice, got {' '.join(arguments.bank)}.")
+    (bank,) = arguments.bank
+    modality = "image" if Path(bank).is_dir() and arguments.bank_column is None else "text"
     columns = None if arguments.bank_column is None else [arguments.bank_column]
-    return Items([data_entry(arguments.bank, modality, column=columns)], modality, Path())
+    return Items([data_entry(bank, modality, column=columns)], modality, Path())
 
 
 def _paired_set(arguments: argparse.Namespace) -> PairedSet:

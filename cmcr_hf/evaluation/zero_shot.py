@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..training.data import Item, Items, RemoteFile, load_table
+from ..training.data import Items, load_table
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .classification import average_precision_of_draws, class_accuracy, class_embeds, top_1_hits, top_k_hits
 from .connection import CLASSIFICATION
@@ -200,14 +199,14 @@ def cases(scores: torch.Tensor, data: LabelledSet) -> tuple[list[Case], list[Cas
     order = margins.argsort(stable=True).tolist()
     right = _one_a_class([row for row in reversed(order) if 0 < margins[row] < math.inf], data)
     wrong = _one_a_class([row for row in order if -math.inf < margins[row] < 0], data)
-    items = _pick(data.items, {*right, *wrong})
+    items = data.items.pick({*right, *wrong})
     words = class_words(data)
 
     def case(row: int) -> Case:
         item = items[row]
         cosines, found = scores[row].topk(min(FOUND, scores.shape[1]))
         return Case(
-            query=Shown(data.items.modality, _medium(item), item.key, ", ".join(words[i] for i in data.labels[row])),
+            query=Shown(data.items.modality, item.value, item.key, ", ".join(words[i] for i in data.labels[row])),
             score=margins[row].item(),
             found=[
                 Shown("text", words[index], data.classes[index], score=cosine, right=index in data.labels[row])
@@ -225,16 +224,6 @@ def _one_a_class(rows: Sequence[int], data: LabelledSet) -> list[int]:
     for row in rows:
         first.setdefault(data.labels[row][0], row)
     return list(islice(first.values(), CASES))
-
-
-def _pick(items: Items, rows: set[int]) -> dict[int, Item]:
-    """Return some items by their places, reading no further than the last."""
-    return {row: item for row, item in enumerate(islice(items, max(rows, default=-1) + 1)) if row in rows}
-
-
-def _medium(item: Item) -> Any:
-    value = item.value
-    return {"path": value.path, "bytes": value.fetch()} if isinstance(value, RemoteFile) else value
 
 
 def notes(data: LabelledSet, by_class: torch.Tensor) -> list[str]:

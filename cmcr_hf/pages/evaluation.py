@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..evaluation.result import CHANCE, MODEL, Case, EvaluationResult, Shown, number, said
 from ..modeling.image_loading_cmcr import load_image
+from ..training.data import RemoteFile
 from .charts import ceiling
 from .page import cloud_uri, data_uri, picture_uri, render, sound_uri, write_page
 
@@ -36,7 +37,7 @@ def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
             if entry.rows
         ],
         "sources": dict.fromkeys(entry.source for entry in result.published),
-        "facts": [*_flat(result.data), *_flat(result.model), *_flat(result.settings)],
+        "facts": [*_flat(result.data, "data "), *_flat(result.model, "model "), *_flat(result.settings)],
     }
     write_page(path, render("evaluation.html.jinja", context))
 
@@ -68,7 +69,7 @@ def _table(result: EvaluationResult, group: str, metrics: Sequence[str]) -> dict
     return {
         "group": said(group),
         "metrics": list(metrics),
-        "tops": [number(tops[name]) for name in metrics],
+        "tops": [f"{tops[name]:g}" for name in metrics],
         "rows": laid,
     }
 
@@ -97,7 +98,8 @@ def _shown(item: Shown) -> dict[str, Any]:
         return shown
     encoders: dict[str, Callable[[Any], str]] = {"audio": sound_uri, "image": picture_uri, "point_cloud": cloud_uri}
     try:
-        shown["uri"] = encoders[item.modality](item.value)
+        value = item.value.read() if isinstance(item.value, RemoteFile) else item.value
+        shown["uri"] = encoders[item.modality](value)
     except ValueError:
         shown["problem"] = "cannot be read"
     except ImportError as error:

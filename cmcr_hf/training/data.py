@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
@@ -42,6 +42,10 @@ class RemoteFile:
 
     path: str
     fetch: Callable[[], bytes]
+
+    def read(self) -> dict[str, Any]:
+        """Return the file as the processor takes it."""
+        return {"path": self.path, "bytes": self.fetch()}
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ class Items:
 
     def __iter__(self) -> Iterator[Item]:
         return itertools.chain.from_iterable(self._parts)
+
+    def pick(self, rows: Collection[int]) -> dict[int, Item]:
+        """Return some items by their places, reading no further than the last."""
+        ahead = itertools.islice(self, max(rows, default=-1) + 1)
+        return {row: item for row, item in enumerate(ahead) if row in rows}
 
     def parts(self, rows: int) -> list[Part]:
         """Return the parts that make up the items: of lists, stretches of `rows`; of data sets, their files."""

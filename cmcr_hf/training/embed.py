@@ -362,9 +362,7 @@ def encode_items(
 
 def prepare(processor: CMCRProcessor, modality: str, values: Sequence[Any], space: str | None = None) -> BatchFeature:
     """Return the inputs of a model for texts, images, audio or point clouds."""
-    items: list[Any] = [
-        {"path": value.path, "bytes": value.fetch()} if isinstance(value, RemoteFile) else value for value in values
-    ]
+    items: list[Any] = [value.read() if isinstance(value, RemoteFile) else value for value in values]
     if modality == "text":
         return processor(text=items, space=space)
     if modality == "image":
