@@ -177,7 +177,7 @@ def connect(
     _check_rows(given, data)
     held_back, media = _held_back(recipe, data_root)
     for bridge in bridges:
-        _check_training(recipe, bridge, {name: _row_count(name, data, given) for name in bridge.pools})
+        _check_training(recipe, bridge, {name: _row_count(name, data, given) for name in _counted(recipe, bridge)})
     sources = recipe.sources
     report("sources: " + ", ".join(f"{sources[space].id} ({space.upper()})" for space in spaces))
     model = _load_sources(recipe)
@@ -216,8 +216,9 @@ def connect(
             rows = {name: store.rows for (_, name), store in native.items()}
             for bridge in bridges:
                 # A streamed data set tells its number of items only now.
-                if set(bridge.pools) <= set(rows):
-                    _check_training(recipe, bridge, {name: rows[name] for name in bridge.pools})
+                counted = _counted(recipe, bridge)
+                if set(counted) <= set(rows):
+                    _check_training(recipe, bridge, {name: rows[name] for name in counted})
         return native[space, modality]
 
     def embedded(space: str, items: Items, prefix: str = "", role: str | None = None) -> EmbeddingStore:
@@ -266,6 +267,11 @@ def connect(
                 check_same_keys(*((str(store.folder), store.keys()) for store in banks))
             for space, modality in bridge.leaves.items():
                 trained_on(space, modality)
+            if recipe.objective == "bridge-distillation":
+                # The items of the memories themselves, for which no pseudo embeddings are needed.
+                leaves = [native[leaf] for leaf in bridge.leaves.items()]
+                pools[bridge.space] = {bridge.overlap: [*banks, *leaves]}
+                continue
             pools[bridge.space] = {
                 pool: pool_stores(bridge, pool, native, partial(aggregated, pool)) for pool in bridge.pools
             }
@@ -273,6 +279,8 @@ def connect(
             trained = _train(recipe, bridge, model.config, pools[bridge.space], folder, device, report)
             for space in bridge.spaces:
                 model.connector.projectors[space].load_state_dict(trained.projectors[space].state_dict())
+            if recipe.objective == "bridge-distillation":
+                model.config.posterior_temperatures = trained.config.posterior_temperatures
         model.record_fingerprints(processor)
 
         with _stage("save", report) as done:
@@ -344,7 +352,8 @@ def _retrieval_sets(
     sets = []
     for first, second in itertools.combinations(queries, 2):
         between = (banks[first][1], banks[second][1])
-        sets.append(RetrievalSet(queries[first], queries[second], banks[first][0], banks[second][0], between))
+        there, back = banks[first][0], banks[second][0]
+        sets.append(RetrievalSet(queries[first], queries[second], there, back, between=between))
     for space, query in queries.items():
         galleries = [sides[modality] for modality in ("image", "text") if modality in sides]
         there, back = banks[space]
@@ -364,11 +373,16 @@ def _class(name: Item) -> str:
     return str(name.label or name.value)
 
 
+def _counted(recipe: Recipe, bridge: Bridge) -> tuple[str, ...]:
+    """Return the modalities whose items are the training rows."""
+    return tuple(bridge.leaves.values()) if recipe.objective == "bridge-distillation" else bridge.pools
+
+
 def _check_training(recipe: Recipe, bridge: Bridge, rows: Mapping[str, int]) -> None:
     """Check what would stop the training behind all embedding.
 
     Args:
-        rows: the items of the pools' modalities; 0 is a number that is not known yet.
+        rows: the items of the modalities that are counted; 0 is a number that is not known yet.
     """
     spec, objective = recipe.train, recipe.objective
     if objective not in ROWS:
@@ -380,7 +394,15 @@ def _check_training(recipe: Recipe, bridge: Bridge, rows: Mapping[str, int]) -> 
             f"train.batch_size is {spec.batch_size}, expected at least 2: the loss compares the rows of a batch. "
             "Raise it in the recipe."
         )
-    total, nouns = sum(rows.values()), " and ".join(_NOUNS[name] for name in bridge.pools)
+    total, nouns = sum(rows.values()), " and ".join(_NOUNS[name] for name in rows)
+    if objective == "bridge-distillation":
+        # An epoch is as long as the larger memory.
+        total, nouns = max(rows.values()), " or ".join(_NOUNS[name] for name in rows)
+        if spec.validation_rows:
+            raise ValueError(
+                f"train.validation_rows is {spec.validation_rows}, expected 0 for bridge-distillation: no item of a "
+                "memory has a partner to be found. Remove it."
+            )
     if all(rows.values()) and spec.batch_size > total - spec.validation_rows:
         raise ValueError(
             f"train.batch_size is {spec.batch_size}, expected at most the {max(total - spec.validation_rows, 0)} "
@@ -618,7 +640,7 @@ def _train(
         digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
     key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector}
     state = folder / STAGE
-    with _stage(folder.name if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
+    with _stage("train" if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():
             try:
                 document = json.loads(state.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -370,7 +371,10 @@ def test_classes_are_read_once_and_belong_to_the_embedded_items(recipe, data, tm
         ({"train": TrainSpec(batch_size=4, validation_rows=99)}, "expected at most the 0 training rows"),
         ({"train": TrainSpec(batch_size=1)}, "train.batch_size is 1, expected at least 2"),
         ({"train": TrainSpec(batch_size=4, seed=2**32)}, "train.seed is 4294967296, expected less than"),
-        ({"connector": {"objective": "clip"}}, "connector.objective is 'clip', expected 'c-mcr' or 'ex-mcr'"),
+        (
+            {"connector": {"objective": "clip"}},
+            "connector.objective is 'clip', expected 'c-mcr' or 'ex-mcr' or 'bridge-distillation'",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_computed(
@@ -755,3 +759,53 @@ def test_a_store_of_another_modality_or_of_other_items_is_refused(finished, reci
     given = replace(recipe, text=[DataSpec(stores={"clip": stores["clip-text"], "clap": str(tmp_path / "other")})])
     with pytest.raises(ValueError, match=r"Row 11 of .*clip-text is 'texts.csv/11/text', and of .*other 'another'"):
         connect(given, tmp_path / "run", data)
+
+
+def test_bridge_distillation_trains_on_the_memories_themselves(recipe, data, tmp_path):
+    distilling = replace(recipe, connector={"projection_dim": 8, "objective": "bridge-distillation"})
+    done = connect(distilling, tmp_path / "run", data)
+    assert not (done.folder / "pseudo").exists()
+    embeds = done.training_embeds("clap")["text"]
+    rows = {name: len(part) for name, part in embeds.items()}
+    assert rows == {"clip_text": 12, "clap_text": 12, "clip_image": 9, "clap_audio": 9}
+    assert "bridge distillation" in done.table
+    history = json.loads((done.folder / "train" / "log.json").read_text())["history"]
+    assert len(history) == 3
+    assert history[0]["loss_leaf"] == pytest.approx(history[0]["loss"], rel=1e-3)
+    config = CMCRConnector.from_pretrained(done.folder / "connector").config
+    assert set(config.posterior_temperatures) == {"clip", "clap"}
+    assert config.posterior_temperatures == done.model.config.posterior_temperatures
+    again = connect(distilling, done.folder, data)
+    assert equal(weights(done.folder), again.model.state_dict())
+    assert again.model.config.posterior_temperatures == config.posterior_temperatures
+
+
+def test_bridge_distillation_goes_on_where_it_was_stopped(recipe, data, tmp_path, monkeypatch):
+    distilling = replace(recipe, connector={"projection_dim": 8, "objective": "bridge-distillation"}, evaluate=None)
+    whole = connect(distilling, tmp_path / "whole", data)
+    with monkeypatch.context() as patched:
+        raises_once(patched, CMCRConnector, "save_pretrained", call=1)
+        with pytest.raises(KeyboardInterrupt):
+            connect(distilling, tmp_path / "stopped", data)
+    assert equal(weights(whole.folder), weights(connect(distilling, tmp_path / "stopped", data).folder))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (TrainSpec(batch_size=10), "at most the 9 training rows (9 images or clips less 0"),
+        (TrainSpec(batch_size=4, validation_rows=2), "no item of a memory has a partner to be found"),
+    ],
+)
+def test_a_schedule_that_no_distillation_can_follow_is_refused_before_any_work(
+    recipe, data, tmp_path, monkeypatch, train, message
+):
+    monkeypatch.setattr(walk, "_load_sources", fails)
+    distilling = replace(recipe, connector={"objective": "bridge-distillation"}, train=train)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        connect(distilling, tmp_path / "run", data)
+
+
+def test_pools_of_rows_that_belong_together_are_refused_where_none_do(recipe):
+    with pytest.raises(ValueError, match="expected none for bridge-distillation, which pairs no rows"):
+        replace(recipe, connector={"objective": "bridge-distillation"}, pools=["text", "image"])

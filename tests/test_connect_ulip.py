@@ -180,3 +180,14 @@ def test_a_cloud_smaller_than_a_group_is_named(recipe, data, tmp_path):
     small = replace(recipe, point_cloud=[DataSpec(folder=str(tmp_path / "clouds"))])
     with pytest.raises(ValueError, match=r"with at least 8 points, .* got 5\. Leave it out\. \(item '1\.npy'\)"):
         connect(small, tmp_path / "out", data)
+
+
+def test_bridge_distillation_connects_texts_and_clouds_through_images(recipe, data, tmp_path):
+    done = connect(
+        replace(recipe, connector={"projection_dim": 8, "objective": "bridge-distillation"}), tmp_path / "run", data
+    )
+    embeds = done.training_embeds("ulip")["image"]
+    rows = {name: len(part) for name, part in embeds.items()}
+    assert rows == {"clip_image": 12, "ulip_image": 12, "clip_text": 9, "ulip_point_cloud": 12}
+    assert set(done.model.config.posterior_temperatures) == {"clip", "ulip"}
+    assert set(done.table["bridge distillation"]) == {*WAYS, CLASSIFICATION}

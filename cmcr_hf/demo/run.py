@@ -30,8 +30,9 @@ CONTENTS = {
     "all": "drawn and rendered pictures, synthesised sounds, solids as clouds, made-up sentences",
 }
 NOTES = """
-{cascade}ridge, procrustes and the linear map are fitted on the {bank}. The
-bridges and posterior matching train nothing, but need all {bank} at every query; {row} needs its {projectors} alone.
+{cascade}ridge, procrustes and the linear map are fitted on the {bank}.
+The bridges and posterior matching train nothing, but need all {bank} at every query;
+{row} needs its {projectors} alone.
 The null pairs no concept with itself, so it may fall below chance: a random guess is right at times.
 """
 TWO_HOPS = (

@@ -173,15 +173,17 @@ def linear_map(
     text_b: torch.Tensor,
     *,
     temperature: float = 0.07,
-    steps: int = 400,
+    steps: int = 200,
     batch: int = 512,
     seed: int = 0,
 ) -> torch.nn.Linear:
     """Train one linear layer (d_a to d_b, with bias) by symmetric InfoNCE on the texts, as CLIPCLAP's is trained.
 
-    Text i of space A, mapped and scaled to unit length, is to find text i of space B among a batch. CLIPCLAP
-    (antflydb/clipclap) gives the layer and the temperature; AdamW at 1e-2 with cosine decay, the steps and the batches
-    are ours: seconds, and what more of them add is in the noise. Use it as normalize(map(a)) b^T.
+    Text i of space A, mapped and scaled to unit length, is to find text i of space B among a batch. The layer and the
+    temperature are CLIPCLAP's (antflydb/clipclap); AdamW at 1e-3 with cosine decay, steps and batches are ours, for
+    seconds of work. More steps fit the texts better, held-out ones too, and retrieve worse across modalities (800
+    steps at 1e-2 on the texts of the offline world: mAP .48 in place of .73): the layer then learns what tells two
+    texts of one thing apart. Use it as normalize(map(a)) b^T.
 
     Args:
         seed: decides initial weights and batches; torch's global generator is left as it is.
@@ -197,7 +199,7 @@ def linear_map(
         bound = text_a.shape[1] ** -0.5
         layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
         layer.bias.zero_()
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rows = torch.empty(0, dtype=torch.long)
     for _ in range(steps):

@@ -16,7 +16,7 @@ from .retrieval import chance, label_retrieval
 Metrics = dict[str, dict[str, float]]
 CLASSIFICATION = "zero-shot classification"
 # The name of a connection's row in a table, by its objective.
-ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR"}
+ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR", "bridge-distillation": "bridge distillation"}
 
 
 @dataclass
@@ -36,21 +36,21 @@ class RetrievalSet:
     Args:
         query, gallery: sides of different spaces; both directions are measured, this one first.
         query_bank, gallery_bank: `(overlap items, dim)`, the same items row by row in the space of each side.
-        between: where the sides share no modality, but each one with a space between them: the items of `query_bank`
-            and those of `gallery_bank`, row by row in that space. The banks are then of different items.
         query_names, gallery_names: `(classes, dim)`, a phrase a class, for the closed cascade; the latter in the space
             between, where there is one.
         classify: the gallery is one phrase a class: measure whether the right one comes first, instead of retrieval.
+        between: where the sides share no modality, but each one with a space between them: the items of `query_bank`
+            and those of `gallery_bank`, row by row in that space. The banks are then of different items.
     """
 
     query: Side
     gallery: Side
     query_bank: torch.Tensor
     gallery_bank: torch.Tensor
-    between: tuple[torch.Tensor, torch.Tensor] | None = None
     query_names: torch.Tensor | None = None
     gallery_names: torch.Tensor | None = None
     classify: bool = False
+    between: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:

@@ -36,7 +36,9 @@ PROJECTOR_LAYOUTS = ("linear-bn-relu-linear-bn", "linear-bn-relu", "ex-mcr", "id
 DEEP_LAYOUTS = ("linear-bn-relu-linear-bn", "ex-mcr")
 # What an objective trains with where a configuration does not say: the temperatures of its paper, or, of C-MCR, which
 # leaves them open, that of its aggregation, which is also what CLIP itself converged to.
-TEMPERATURES = {"c-mcr": 0.01, "ex-mcr": 0.05}
+TEMPERATURES = {"c-mcr": 0.01, "ex-mcr": 0.05, "bridge-distillation": 0.2}
+# The norm of the noise likewise: the paper's, and a fraction of it for items that are real and need no completion.
+NOISE_NORM, NOISE_NORMS = 1.4310835, {"bridge-distillation": 0.35}
 
 
 def source_embedding_dim(config: PreTrainedConfig) -> int | None:
@@ -79,12 +81,26 @@ class CMCRConfig(PreTrainedConfig):
             `[space, space, overlap modality]` each. Defaults to the pairs at hand: CLIP-CLAP through text, CLIP-ULIP
             through images. Under `ex-mcr` the first space is the base, which the second is extended into.
         objective:
-            Name of the training objective: `c-mcr` (equations 1 to 6 of arXiv 2305.14381), or `ex-mcr` (arXiv
-            2310.08884), which leaves the base space as it is and trains the projectors of the others alone.
+            Name of the training objective: `c-mcr` (equations 1 to 6 of arXiv 2305.14381), `ex-mcr` (arXiv
+            2310.08884), which leaves the base space as it is and trains the projectors of the others alone, or
+            `bridge-distillation` (ours: docs/bridge_distillation.md), which teaches the projectors which real,
+            unpaired items of both memories the overlap modality says the same of.
         overlap_temperature, leaf_temperature:
             Temperatures of the InfoNCE terms. `c-mcr`: tau_2 for the native pairs and tau_3 for the pseudo pairs, 0.01
             by default. `ex-mcr`: of the terms that compare with the overlap modality and with the leaf modality of
-            the base space; its paper has one temperature for all, 0.05.
+            the base space; its paper has one temperature for all, 0.05. `bridge-distillation`: the latter alone, 0.2,
+            of the cosines that meet the targets: flatter than InfoNCE's, since the targets are.
+        target_power:
+            Of `bridge-distillation`: its targets are the rows, and the columns, of this power of the probability that
+            two items draw the same text. 2 to 5 train equally well.
+        mix_items:
+            Of `bridge-distillation`: whether each item is interpolated with another of the batch, and its targets
+            with those of the other. It helps where texts are few, and costs nothing.
+        posterior_temperatures:
+            Of `bridge-distillation`: `{space: temperature}` of the posteriors over the texts. The training fills in
+            what it chose where they are not given (see `cmcr_hf.training.posteriors.choose_temperatures`).
+        posterior_top:
+            Of `bridge-distillation`: texts whose weight is kept exactly for every item; the rest is spread evenly.
         intra_weight:
             Weight lambda of the term that closes the modality gap inside a space. 0.1 in Ex-MCR, by the same group.
         intra_squared:
@@ -93,6 +109,7 @@ class CMCRConfig(PreTrainedConfig):
             Expected norm of the Gaussian noise (semantic completion) relative to a unit embedding; the variance of a
             coordinate is `noise_norm ** 2 / width`. The default is the paper's variance of 0.004 at 512 dimensions,
             and the same *angle* (cosine 0.57 with the clean vector) at any other width. 0 switches the noise off.
+            `bridge-distillation` has 0.35 (cosine 0.94): its items are real, so that there is nothing to complete.
         default_spaces:
             `{modality: space}`: the space that `get_text_features` and its like use when none is named. Text and
             images default to CLIP, which has seen the most of both.
@@ -125,9 +142,13 @@ class CMCRConfig(PreTrainedConfig):
     objective: str = "c-mcr"
     overlap_temperature: float | int | None = None
     leaf_temperature: float | int | None = None
+    target_power: float | int = 3
+    mix_items: bool = True
+    posterior_temperatures: dict | None = None
+    posterior_top: int = 1024
     intra_weight: float | int = 0.1
     intra_squared: bool = False
-    noise_norm: float | int = 1.4310835
+    noise_norm: float | int | None = None
     default_spaces: dict | None = None
     freeze_sources: bool = True
     logit_scale_init_value: float | int = 2.3025851
@@ -154,6 +175,8 @@ class CMCRConfig(PreTrainedConfig):
         temperature = TEMPERATURES.get(self.objective, TEMPERATURES["c-mcr"])
         self.overlap_temperature = temperature if self.overlap_temperature is None else self.overlap_temperature
         self.leaf_temperature = temperature if self.leaf_temperature is None else self.leaf_temperature
+        if self.noise_norm is None:
+            self.noise_norm = NOISE_NORMS.get(self.objective, NOISE_NORM)
         if self.projection_dim is None:
             bases = [space for space in spaces if self._is_base(space)]
             self.projection_dim = self._input_dim(bases[0], given.get(bases[0]) or {}) if bases else 512
@@ -274,9 +297,27 @@ class CMCRConfig(PreTrainedConfig):
         for modality, space in self.default_spaces.items():
             if space not in self.projectors or modality not in SPACE_MODALITIES[space]:
                 raise ValueError(f"The default space of {modality} cannot be {space!r}.")
-        for name in ("overlap_temperature", "leaf_temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
+        positive = {name: getattr(self, name) for name in ("overlap_temperature", "leaf_temperature", "target_power")}
+        for space, temperature in (self.posterior_temperatures or {}).items():
+            if (
+                space not in self.projectors
+                or isinstance(temperature, bool)
+                or not isinstance(temperature, int | float)
+            ):
+                raise ValueError(
+                    f"Expected posterior_temperatures as {{space: number}} of {self.spaces}, got "
+                    f"{self.posterior_temperatures!r}."
+                )
+            positive[f"posterior_temperatures.{space}"] = temperature
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        _check_dim("posterior_top", self.posterior_top)
+        if self.objective == "bridge-distillation" and len(self.bridges) != 1:
+            raise ValueError(
+                f"bridge-distillation connects two spaces, expected one bridge, got {self.bridges}. Train each pair "
+                "on its own, or several spaces with ex-mcr."
+            )
         for name in ("intra_weight", "noise_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must not be negative, and finite, got {getattr(self, name)}.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The cmcr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The contrastive loss of C-MCR, computed in blocks of logits and over the rows of several ranks."""
+"""The contrastive losses: of aligned rows, in blocks of logits and over several ranks, and of soft targets."""
 
 from typing import Any
 
@@ -37,6 +37,27 @@ def symmetric_info_nce(
     # Filled on the device: a number that is copied there would make the host wait.
     scale = scale.to(a) if isinstance(scale, torch.Tensor) else a.new_full((), scale)
     return _InfoNCE.apply(a, b, scale, group)
+
+
+def matched_cross_entropy(
+    a: torch.Tensor, b: torch.Tensor, matches: torch.Tensor, scale: float, power: float
+) -> torch.Tensor:
+    """Return the mean of both directions' cross entropies between unit rows and how well they match.
+
+    The targets of a row of `a` are its `matches ** power` divided by their sum, and those of a row of `b` its column
+    likewise. With the identity as matches this is `symmetric_info_nce`.
+
+    Args:
+        a, b: `(n, dim)` and `(m, dim)`, in no common order.
+        matches: `(n, m)`, 0 or more.
+        scale: inverse temperature of the cosines.
+    """
+    # A power of small probabilities would underflow, not so the softmax of its logarithm.
+    evidence = power * matches.clamp_min(torch.finfo(matches.dtype).tiny).log()
+    with torch.autocast(a.device.type, enabled=False):
+        logits = scale * (a @ b.T)
+        losses = [-(evidence.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean() for dim in (1, 0)]
+    return (losses[0] + losses[1]) / 2
 
 
 class _InfoNCE(torch.autograd.Function):

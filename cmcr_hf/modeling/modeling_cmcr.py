@@ -29,7 +29,7 @@ from .configuration_cmcr import (
     CMCRConfig,
     source_embedding_dim,
 )
-from .losses_cmcr import symmetric_info_nce
+from .losses_cmcr import matched_cross_entropy, symmetric_info_nce
 from .noise_cmcr import row_noise
 from .sources_cmcr import FINGERPRINT_ROWS, check_fingerprint, fingerprint, normalize, source_features
 from .towers_cmcr import HUB_ARGUMENTS, build_source, load_source, source_id
@@ -288,17 +288,23 @@ class CMCRConnector(CMCRPreTrainedModel):
         return_loss: bool = True,
         return_dict: bool | None = None,
         noise_seed: tuple[int, ...] | None = None,
+        matches: torch.Tensor | None = None,
     ) -> CMCRConnectorOutput:
-        """Project aligned embeddings and score them with the training objective.
+        """Project embeddings, aligned ones unless it is `bridge-distillation`, and score them with the objective.
 
         Args:
             embeds: `{"{space}_{modality}": (batch, input_dim)}`. For CLIP-CLAP through text: `clip_text` and
                 `clap_text` of the same texts, and their pseudo embeddings `clip_image` and `clap_audio` (semantic
                 consistency, equation 1), row by row; native and pseudo ones in other roles in a pool that is centred
-                on another modality. In training mode noise is added to each (semantic completion).
+                on another modality. In training mode noise is added to each (semantic completion). For
+                `bridge-distillation`: real items of both leaf modalities, in no common order.
             noise_seed: makes the noise a function of these numbers, the name of the embeddings and the row's place in
                 the batch, of all ranks of `process_group` in their order; else torch's global generator draws it.
+            matches: for the loss of `bridge-distillation`: how well the items of the bridge's first space (rows) and
+                of its second (columns) match.
         """
+        if matches is not None and self.training and self.config.mix_items:
+            embeds, matches = self._mix(embeds, matches, noise_seed)
         completed, projected = {}, {}
         for name, source_embeds in embeds.items():
             space, _, modality = name.partition("_")
@@ -315,6 +321,8 @@ class CMCRConnector(CMCRPreTrainedModel):
                 terms = [self._c_mcr_terms(bridge, projected) for bridge in bridges]
             elif objective == "ex-mcr":
                 terms = [self._ex_mcr_terms(bridge, completed, projected) for bridge in bridges]
+            elif objective == "bridge-distillation":
+                terms = [self._distillation_terms(bridge, projected, matches) for bridge in bridges]
             else:
                 raise ValueError(
                     f"Cannot train the objective {objective!r}: this version knows {', '.join(TEMPERATURES)}."
@@ -333,6 +341,37 @@ class CMCRConnector(CMCRPreTrainedModel):
             rank = 0 if self.process_group is None else dist.get_rank(self.process_group)
             noise = row_noise(embeds, noise_seed, name, rank * len(embeds))
         return normalize(embeds) + self.config.noise_norm * embeds.shape[-1] ** -0.5 * noise
+
+    def _mix(
+        self, embeds: dict[str, torch.Tensor], matches: torch.Tensor, noise_seed: tuple[int, ...] | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Interpolate every item with the one before it in the batch, and their matches alike."""
+        mixed = {}
+        for dim, name in enumerate(_leaves_of((self.config.bridges or [])[0])):
+            rows = normalize(embeds[name])
+            if noise_seed is None:
+                share = torch.rand_like(rows[:, :1])
+            else:
+                # Normal numbers become even ones by their distribution function.
+                share = torch.special.ndtr(row_noise(rows[:, :1], noise_seed, f"{name} share"))
+            mixed[name] = torch.lerp(rows, rows.roll(1, 0), share)
+            matches = torch.lerp(matches, matches.roll(1, dim), share if dim == 0 else share.T)
+        return mixed, matches
+
+    def _distillation_terms(
+        self, bridge: list[str], projected: dict[str, torch.Tensor], matches: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return how far the cosines of unpaired items are from what the overlap modality says of them."""
+        names = _leaves_of(bridge)
+        if matches is None or projected.keys() != set(names):
+            raise ValueError(
+                f"Expected the embeddings {names} and their matches, got {list(projected)} "
+                f"{'without' if matches is None else 'and'} matches."
+            )
+        leaf_a, leaf_b = (projected[name].float() for name in names)
+        scale = 1 / self.config.leaf_temperature  # type: ignore[operator]
+        loss = matched_cross_entropy(leaf_a, leaf_b, matches.float(), scale, self.config.target_power)
+        return {"loss": loss, "loss_leaf": loss}
 
     def _c_mcr_terms(self, bridge: list[str], projected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the objective of C-MCR and its terms (equations 4 to 6)."""
@@ -381,13 +420,15 @@ class CMCRConnector(CMCRPreTrainedModel):
 
 def _of_bridge(bridge: list[str], embeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Return the embeddings of a bridge in float32: the overlap in both spaces, then the leaf modality of each."""
-    spaces, overlap = bridge[:2], bridge[2]
-    names = [f"{space}_{overlap}" for space in spaces]
-    names += [f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in spaces]
+    names = [f"{space}_{bridge[2]}" for space in bridge[:2]] + _leaves_of(bridge)
     missing = [name for name in names if name not in embeds]
     if missing:
         raise ValueError(f"The bridge {bridge} needs the embeddings {names}; {missing} are not among {list(embeds)}.")
     return [embeds[name].float() for name in names]
+
+
+def _leaves_of(bridge: list[str]) -> list[str]:
+    return [f"{space}_{LEAF_MODALITIES[space, bridge[2]]}" for space in bridge[:2]]
 
 
 class CMCRModel(CMCRPreTrainedModel):

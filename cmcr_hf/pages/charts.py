@@ -23,7 +23,7 @@ CURVE_POINTS = 300
 TERMS = {
     "loss": "total",
     "loss_overlap": "native pairs of both spaces (InfoNCE)",
-    "loss_leaf": "pseudo pairs (InfoNCE)",
+    "loss_leaf": "leaf modalities of both spaces",
     "loss_leaf_overlap": "leaf of the extended space, overlap of the base (InfoNCE)",
     "loss_overlap_leaf": "overlap of the extended space, leaf of the base (InfoNCE)",
     "loss_intra": "modality gap within a space",

@@ -222,7 +222,8 @@ class Recipe:
             them; the leaf modalities are the memories. A connection of two spaces takes three of the four.
         connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
         pools: the modalities that the training data is centred on: every item of one is a training row, which gets
-            pseudo embeddings of the other three kinds. The overlap alone by default; under `ex-mcr` all, as its paper.
+            pseudo embeddings of the other three kinds. The overlap alone by default; under `ex-mcr` all, as its paper;
+            `bridge-distillation` has none, since it trains on the items of the memories themselves.
         aggregate_temperature: tau_1 of equation 1.
         world: counts of the synthetic world that is written for this recipe.
         licence: of the projectors that come of it, one of the Hub's identifiers such as `apache-2.0`.
@@ -333,6 +334,8 @@ class Recipe:
                     f"pools are {self.pools}, expected one at least of {', '.join(bridge.modalities)} for clip and "
                     f"{bridge.space}."
                 )
+        if self.objective == "bridge-distillation" and self.pools is not None:
+            raise ValueError(f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows.")
         strange = [name for name in self.pools or [] if name not in self.modalities]
         if strange:
             raise ValueError(f"pools name {strange[0]!r}, expected some of {', '.join(self.modalities)}.")

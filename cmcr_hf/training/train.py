@@ -8,7 +8,8 @@ Example, after `cmcr connect` or `aggregate` wrote the four row-aligned stores:
         --output_dir runs/mine --num_train_epochs 36 --per_device_train_batch_size 512
 
 `--objective ex-mcr` leaves CLIP as it is and trains the other projector alone. Stores of several pools, the four of
-each of the same items, are shuffled together.
+each of the same items, are shuffled together. `--objective bridge-distillation` takes the two memories themselves in
+place of pseudo stores: the native pair is the bank that tells which of their items match, none of which are paired.
 
 Every option of `transformers.TrainingArguments` is there, with the paper's values as defaults: AdamW, learning rate
 1e-3 with cosine decay, batch 4096, 36 epochs. `--resume_from_checkpoint DIR` ends with the weights of an unbroken run,
@@ -61,6 +62,7 @@ from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
+from .distillation import UnpairedDataset, unpaired_data
 from .distributed import join_ranks, one_batch_of_all_ranks
 from .store import EmbeddingStore, check_same_keys
 
@@ -107,14 +109,17 @@ class ConnectorArguments:
     stores: list[str] = field(
         metadata={
             "help": "Embedding stores of row-aligned items, folders or addresses such as hf://datasets/ORG/NAME, in "
-            "any order: native overlap pair and pseudo leaf pair; those of other pools behind them."
+            "any order: native overlap pair and pseudo leaf pair; several pools are told apart by their items."
         }
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
     connector_config: str | None = field(
         default=None, metadata={"help": "Folder or file of a CMCRConfig; else the options below."}
     )
-    objective: str = field(default=CMCRConfig.objective, metadata={"help": "What to train: c-mcr or ex-mcr."})
+    objective: str = field(
+        default=CMCRConfig.objective,
+        metadata={"help": "What to train: c-mcr, ex-mcr or bridge-distillation."},
+    )
     projection_dim: int | None = field(
         default=None, metadata={"help": "Width of the shared space (default: 512; ex-mcr: that of CLIP)."}
     )
@@ -125,8 +130,9 @@ class ConnectorArguments:
             "linear-bn-relu-linear-bn, ex-mcr)."
         },
     )
-    noise_norm: float = field(
-        default=CMCRConfig.noise_norm, metadata={"help": "Norm of the semantic completion noise; 0: none."}
+    noise_norm: float | None = field(
+        default=None,
+        metadata={"help": "Norm of the noise; 0: none (default: 1.43, bridge-distillation: 0.35)."},
     )
     overlap_temperature: float | None = field(
         default=None,
@@ -134,7 +140,10 @@ class ConnectorArguments:
     )
     leaf_temperature: float | None = field(
         default=None,
-        metadata={"help": "InfoNCE temperature of the pseudo pairs (tau 3; default: 0.01, ex-mcr: 0.05)."},
+        metadata={
+            "help": "InfoNCE temperature of the pseudo pairs (tau 3; default: 0.01, ex-mcr: 0.05), or "
+            "that of the distilled cosines (0.2)."
+        },
     )
     intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
     resume_from_last_checkpoint: bool = field(
@@ -260,7 +269,8 @@ def train_connector(
 
     Args:
         embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair; or several such
-            pools, which are shuffled together.
+            pools, which are shuffled together. For `bridge-distillation` the native pair, and both memories, of as
+            many rows as they have (see [`unpaired_data`]).
         args: `seed` decides the initial weights, the order and the noise; `resume_from_checkpoint` goes on with a run.
             Ranks of `torchrun` train as one would with a batch of `per_device_train_batch_size` times their number.
         validation_rows: rows of a fixed permutation that are held out and evaluated at the end.
@@ -270,7 +280,12 @@ def train_connector(
         ValueError: fewer rows than one batch, a batch of one, stores that are not aligned, or a loss or weights that
             are not finite.
     """
-    training, held_out = ConnectionDataset(embeds), None
+    training: Any
+    held_out: Any = None
+    if config.objective == "bridge-distillation":
+        training = _unpaired(config, embeds, args, validation_rows)
+    else:
+        training = ConnectionDataset(embeds)
     rows = len(training)
     if not 0 <= validation_rows < rows:
         raise ValueError(f"validation_rows is {validation_rows}, expected 0 or more and fewer than the {rows} rows.")
@@ -295,7 +310,7 @@ def train_connector(
     if len(training) < batch_size:
         raise ValueError(
             f"Expected at least one batch of {batch_size} training rows, got {len(training)}. Use more "
-            "texts or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
+            "items or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
         )
     if held_out is not None:
         # Equal batches, since the last of unequal ones would be dropped.
@@ -336,6 +351,25 @@ def train_connector(
         if held_out is not None:
             trainer.evaluate()
     return connector.cpu().eval(), trainer.state.log_history
+
+
+def _unpaired(
+    config: CMCRConfig, embeds: Embeds | Sequence[Embeds], args: TrainingArguments, validation_rows: int
+) -> UnpairedDataset:
+    pools = [embeds] if isinstance(embeds, dict) else list(embeds)
+    if len(pools) != 1:
+        raise ValueError(f"bridge-distillation takes one bank and two memories, got {len(pools)} pools. Join them.")
+    if validation_rows:
+        raise ValueError(
+            f"validation_rows is {validation_rows}, expected 0 for bridge-distillation: no item of a memory has a "
+            "partner to be found. Evaluate the connector on items with classes."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"bridge-distillation trains in one process, got {args.world_size}: the matches of a batch are those of "
+            "all of its rows. Start one process; its projectors are small."
+        )
+    return unpaired_data(config, pools[0], args.device)
 
 
 def fit_on_device(nbytes: int, args: TrainingArguments) -> bool:
@@ -398,9 +432,13 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
             raise ValueError(
                 f"{store.folder} comes from another source than the other store of {store.space}. Embed both with one."
             )
-    keys = stores[0].keys()
-    for store in stores[1:]:
-        check_same_keys((str(stores[0].folder), keys), (str(store.folder), store.keys()))
+    aligned = [by_name[name] for name in dict.fromkeys(names)]
+    if config.objective == "bridge-distillation":
+        # The memories have rows of their own.
+        aligned = aligned[:2]
+    keys = aligned[0].keys()
+    for store in aligned[1:]:
+        check_same_keys((str(aligned[0].folder), keys), (str(store.folder), store.keys()))
     return {name: by_name[name] for name in dict.fromkeys(names)}
 
 

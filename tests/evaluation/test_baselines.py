@@ -305,7 +305,7 @@ def test_the_linear_map_finds_the_rotation_and_leaves_the_global_generator_alone
     assert not torch.equal(layer.weight, linear_map(world.text_a, world.text_b, seed=1).weight)
     found = (normalize(layer(world.text_a), dim=1) * world.text_b).sum(1).mean()
     # Unrelated rotations: 0 on average.
-    assert found > 0.6
+    assert found > 0.5
 
 
 def test_over_two_hops_every_baseline_goes_through_the_space_between(four: Four) -> None:

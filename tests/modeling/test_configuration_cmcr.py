@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ClapConfig, CLIPConfig, SiglipConfig
 
 from cmcr_hf import CMCRConfig
@@ -55,7 +56,7 @@ def test_an_objective_brings_the_values_of_its_paper_where_none_are_given(tmp_pa
 
 
 def test_default_noise_is_the_variance_of_the_paper_at_512_dimensions():
-    assert CMCRConfig.noise_norm**2 / 512 == pytest.approx(0.004, rel=1e-6)
+    assert CMCRConfig().noise_norm ** 2 / 512 == pytest.approx(0.004, rel=1e-6)
 
 
 def test_every_field_survives_saving_and_loading(tmp_path):
@@ -135,3 +136,27 @@ def test_an_unknown_kind_of_source_must_state_its_width():
         CMCRConfig(clip_config=vit, clap_config=ClapConfig())
     stated = CMCRConfig(clip_config=vit, clap_config=ClapConfig(), projectors={"clip": {"input_dim": 7}})
     assert stated.projectors["clip"]["input_dim"] == 7
+
+
+def test_bridge_distillation_has_noise_and_a_temperature_of_its_own():
+    config = CMCRConfig(objective="bridge-distillation")
+    assert (config.noise_norm, config.leaf_temperature, config.target_power, config.mix_items) == (0.35, 0.2, 3, True)
+    assert CMCRConfig().noise_norm == pytest.approx(1.4310835)
+    assert CMCRConfig(objective="bridge-distillation", noise_norm=0.5).noise_norm == 0.5
+    layout = {"layout": "linear-bn-relu-linear-bn", "input_dim": 512, "hidden_dim": 1024}
+    assert config.projectors == {"clip": layout, "clap": layout}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"posterior_temperatures": {"ulip": 0.1}}, "posterior_temperatures as {space: number}"),
+        ({"posterior_temperatures": {"clip": 0}}, "posterior_temperatures.clip must be positive"),
+        ({"target_power": 0}, "target_power must be positive"),
+        ({"posterior_top": 0}, "posterior_top must be a whole number"),
+    ],
+)
+def test_settings_of_the_distillation_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(StrictDataclassError) as caught:
+        CMCRConfig(objective="bridge-distillation", **fields)
+    assert message in str(caught.value.__cause__ or caught.value)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cmcr_hf.modeling import losses_cmcr as losses
-from cmcr_hf.modeling.losses_cmcr import symmetric_info_nce
+from cmcr_hf.modeling.losses_cmcr import matched_cross_entropy, symmetric_info_nce
 
 
 @pytest.fixture(params=["kept", "anew"])
@@ -138,3 +138,28 @@ def test_a_training_step_of_32768_rows_takes_a_quarter_of_24_gib():
     peak = int(done.stdout)
     print(f"{peak / 2**30:.2f} GiB")
     assert peak < 6 * 2**30
+
+
+def test_the_loss_of_matches_is_the_cross_entropy_with_their_powers_by_row_and_by_column():
+    a, b = unit_rows(5, 4, dtype=torch.float64)
+    b = b[:3]
+    matches = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    powers, logits = matches**3, a @ b.T / 0.2
+    rows, columns = powers / powers.sum(dim=1, keepdim=True), powers / powers.sum(dim=0)
+    expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns.T)) / 2
+    for found, value in zip(
+        gradients(matched_cross_entropy(a, b, matches, 5.0, 3), a, b), gradients(expected, a, b), strict=True
+    ):
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_of_matches_of_one_each_is_that_of_aligned_rows():
+    a, b = unit_rows(6, 5)
+    torch.testing.assert_close(matched_cross_entropy(a, b, torch.eye(6), 20.0, 3), symmetric_info_nce(a, b, 20.0))
+
+
+def test_matches_whose_power_underflows_still_tell_which_is_larger():
+    a, b = unit_rows(2, 5)
+    tiny = torch.tensor([[2e-20, 1e-20], [1e-20, 2e-20]])
+    expected = matched_cross_entropy(a, b, tiny * 1e20, 5.0, 3)
+    torch.testing.assert_close(matched_cross_entropy(a, b, tiny, 5.0, 3), expected)

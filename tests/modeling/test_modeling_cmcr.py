@@ -689,3 +689,50 @@ def test_three_spaces_share_one_and_survive_saving(extended, inputs):
     before, after = (model(**inputs, point_clouds=clouds) for model in extended)
     assert torch.equal(before.point_cloud_embeds, after.point_cloud_embeds)
     assert torch.equal(before.audio_embeds, after.audio_embeds)
+
+
+def distilling_connector(**fields):
+    projectors = {"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}
+    config = CMCRConfig(objective="bridge-distillation", projectors=projectors, projection_dim=8, **fields)
+    return CMCRConnector(config)
+
+
+def test_the_distillation_loss_compares_all_items_of_both_memories_with_their_matches():
+    connector = distilling_connector().eval()
+    embeds = {"clip_image": torch.randn(5, 6), "clap_audio": torch.randn(7, 4)}
+    matches = torch.rand(5, 7)
+    output = connector(embeds, matches=matches)
+    image, audio = connector.project(embeds["clip_image"], "clip"), connector.project(embeds["clap_audio"], "clap")
+    logits, powers = image @ audio.T / 0.2, matches**3
+    expected = F.cross_entropy(logits, powers / powers.sum(dim=1, keepdim=True))
+    expected = (expected + F.cross_entropy(logits.T, (powers / powers.sum(dim=0)).T)) / 2
+    torch.testing.assert_close(output.loss, expected)
+    assert output.loss_leaf == output.loss
+    with pytest.raises(ValueError, match="without matches"):
+        connector(embeds)
+
+
+def test_items_and_their_matches_are_mixed_alike():
+    """With one-hot items of a bilinear match, what is mixed matches as the mixtures do."""
+    connector = distilling_connector(noise_norm=0)
+    table = torch.rand(6, 4)
+    embeds = {"clip_image": torch.eye(6), "clap_audio": torch.eye(4)}
+    mixed, matches = connector._mix(embeds, table, (0, 1))
+    torch.testing.assert_close(matches, mixed["clip_image"] @ table @ mixed["clap_audio"].T)
+    torch.testing.assert_close(mixed["clip_image"].sum(dim=1), torch.ones(6))
+    assert (mixed["clip_image"] > 0.01).sum() > 6
+    again, _ = connector._mix(embeds, table, (0, 1))
+    other, _ = connector._mix(embeds, table, (0, 2))
+    assert torch.equal(mixed["clip_image"], again["clip_image"])
+    assert not torch.equal(mixed["clip_image"], other["clip_image"])
+
+
+def test_items_are_mixed_in_training_alone_and_only_where_asked():
+    embeds = {"clip_image": torch.randn(5, 6), "clap_audio": torch.randn(5, 4)}
+    matches = torch.rand(5, 5)
+    plain = distilling_connector(mix_items=False, noise_norm=0).train()
+    assert plain(embeds, matches=matches).loss == plain(embeds, matches=matches).loss
+    mixing = distilling_connector(noise_norm=0).train()
+    assert mixing(embeds, matches=matches).loss != mixing(embeds, matches=matches).loss
+    mixing.eval()
+    assert mixing(embeds, matches=matches).loss == mixing(embeds, matches=matches).loss
