@@ -38,6 +38,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -142,14 +143,24 @@ def real_texts(data: Path) -> list[str]:
     return list(dict.fromkeys([*sounds, *texts.image_captions, *texts.labels]))
 
 
-def prepare(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Embeddings:
-    """Train the sources and embed the data with them, except for what the cache holds of it."""
+def _keyed(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> tuple[dict[str, Any], Path]:
+    """Return all that the sources depend on, and the folder of the cache that is theirs."""
     key = {
         "version": SOURCES_VERSION,
         "sources": {space: asdict(setting) for space, setting in settings.items()},
         "bytes": {name: (data / name).stat().st_size for name in FILES},
     }
-    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return key, cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def sources_folder(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Path:
+    """Return the folder that `prepare` keeps the sources in."""
+    return _keyed(data, cache, settings)[1]
+
+
+def prepare(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Embeddings:
+    """Train the sources and embed the data with them, except for what the cache holds of it."""
+    key, folder = _keyed(data, cache, settings)
     write_json(folder / "settings.json", key)
     train_sources(data, folder, settings)
 

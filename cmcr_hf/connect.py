@@ -543,18 +543,24 @@ def _card(
     command: str | None,
 ) -> str:
     """Return the text of the model card: sources, data and settings of the recipe, and the table if there is one."""
-    settings = {
-        "objective": config.objective,
-        "temperatures": {
-            "aggregation": recipe.aggregate_temperature,
-            "overlap": config.overlap_temperature,
-            "leaf": config.leaf_temperature,
-        },
-        "weight of the gap term": config.intra_weight,
-        "noise": {"norm": config.noise_norm},
-        "pools": ", ".join(dict.fromkeys(name for bridge in recipe.bridges for name in bridge.pools)),
-        **asdict(recipe.train),
-    }
+    settings: dict[str, Any] = {"objective": config.objective}
+    if config.objective == "bridge-distillation":
+        settings |= {
+            "temperatures": {"leaf": config.leaf_temperature, **(config.posterior_temperatures or {})},
+            "power of the targets": config.target_power,
+            "items mixed": config.mix_items,
+        }
+    else:
+        settings |= {
+            "temperatures": {
+                "aggregation": recipe.aggregate_temperature,
+                "overlap": config.overlap_temperature,
+                "leaf": config.leaf_temperature,
+            },
+            "weight of the gap term": config.intra_weight,
+            "pools": ", ".join(dict.fromkeys(name for bridge in recipe.bridges for name in bridge.pools)),
+        }
+    settings |= {"noise": {"norm": config.noise_norm}, **asdict(recipe.train)}
     columns = [(way, metric) for way, metrics in table["chance"].items() for metric in metrics] if table else []
     if len(recipe.bridges) > 1:
         # All of them would be wider than a page.

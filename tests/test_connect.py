@@ -775,6 +775,10 @@ def test_bridge_distillation_trains_on_the_memories_themselves(recipe, data, tmp
     config = CMCRConnector.from_pretrained(done.folder / "connector").config
     assert set(config.posterior_temperatures) == {"clip", "clap"}
     assert config.posterior_temperatures == done.model.config.posterior_temperatures
+    card = (done.folder / "connector" / "README.md").read_text()
+    assert "| objective | bridge-distillation |" in card
+    assert f"clap {config.posterior_temperatures['clap']}" in card or "clap" in card.split("temperatures")[1]
+    assert "pools" not in card.split("| objective |")[1].split("| epochs |")[0]
     again = connect(distilling, done.folder, data)
     assert equal(weights(done.folder), again.model.state_dict())
     assert again.model.config.posterior_temperatures == config.posterior_temperatures

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks import real_retrieval
 from benchmarks.real.captions import SOUND_PHRASES, Captioner, image_phrases, words
+from benchmarks.real.clip_vectors import roc_area, shows
 from benchmarks.real.data import Items, is_held_back, read_images, read_sounds
 from benchmarks.real.models import SmallAudioTextModel, SmallDualEncoderConfig, SmallImageTextModel
 from benchmarks.real.sources import embed_items, embed_texts
@@ -294,3 +297,44 @@ def test_the_command_measures_real_data_and_takes_its_sources_from_the_cache(
     for way, metrics in first["mean"]["unconnected"].items():
         assert metrics["mAP"] < first["mean"]["chance"][way]["mAP"] + 0.05
     assert "C-MCR, 17 names" in capsys.readouterr().out
+
+
+def test_a_caption_shows_what_a_whole_word_of_it_names() -> None:
+    captions = ["A Dog runs .", "two dogs", "a hotdog stand", "the sea , with a dog"]
+    assert shows(captions, "dog dogs puppy").tolist() == [True, True, False, True]
+
+
+def test_the_area_under_the_roc_curve_is_the_share_of_pairs_in_order() -> None:
+    positive = torch.tensor([True, False, True, False])
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 4.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    assert roc_area(scores, positive).tolist() == [1.0, 0.0, 0.5, 0.75]
+
+
+def test_a_distilling_connector_trains_on_the_memories_and_its_null_on_other_texts(tmp_path: Path) -> None:
+    items = {name: F.normalize(torch.randn(600, 128), dim=1) for name in ("memory/clip_image", "memory/clap_audio")}
+    items |= {name: F.normalize(torch.randn(4, 128), dim=1) for name in ("audio", "image")}
+    save_file(items, tmp_path / "items.safetensors")
+    names = ("clip_text", "clap_text", "clip_image", "clap_audio")
+    save_file({name: F.normalize(torch.randn(6, 128), dim=1) for name in names}, tmp_path / "names.safetensors")
+    words = {"audio": ["dog", "bird"] * 2, "image": ["dog", "bird"] * 2, "names": ["dog", "bird", "cat"] * 2}
+    (tmp_path / "words.json").write_text(json.dumps(words))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def stop(config: object, embeds: dict[str, torch.Tensor], *arguments: object, **options: object) -> None:
+        seen.append(embeds)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(real_retrieval, "train_connector", stop)
+        for deranged in (False, True):
+            run = real_retrieval.Run("names", 0, deranged, "bridge-distillation")
+            with pytest.raises(KeyboardInterrupt):
+                real_retrieval.connect(run, tmp_path)
+    plain, null = seen
+    assert {name: len(rows) for name, rows in plain.items()} == {
+        "clip_text": 6,
+        "clap_text": 6,
+        "clip_image": 600,
+        "clap_audio": 600,
+    }
+    assert [name for name in plain if not torch.equal(plain[name], null[name])] == ["clap_text"]
