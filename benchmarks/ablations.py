@@ -37,7 +37,7 @@ from benchmarks.ablation.results import Table, format_results
 from benchmarks.ablation.runs import Run, Schedule, Study, Texts, measure
 from benchmarks.ablation.variants import NULL, Variant, variants
 from benchmarks.real.data import check_data, read_texts
-from benchmarks.real_retrieval import SCHEDULES, SOURCES, TITLES, prepare
+from benchmarks.real_retrieval import DISTILLATION, SCHEDULES, SOURCES, TITLES, prepare
 from benchmarks.timing import machine
 from cmcr_hf.evaluation.baselines import cca_maps, posterior_matching
 from cmcr_hf.evaluation.connection import Metrics, RetrievalSet, Side, baseline_metrics, check_classes
@@ -66,7 +66,9 @@ def study_of_data(data: Path, cache: Path) -> tuple[Study, dict[str, float]]:
         kind = [kinds[text] for text in part.about] if name == "captions" else [""] * len(part.about)
         sets[title] = Texts(part.clip, part.clap, part.about, kind, Schedule(schedule.batch_size, steps))
     memories = (found.image_memory, found.audio_memory)
-    return Study(("clip", "clap"), "text", sets, memories, found.items), found.zero_shot
+    steps = DISTILLATION.epochs * (max(map(len, memories)) // DISTILLATION.batch_size)
+    distillation = Schedule(DISTILLATION.batch_size, steps)
+    return Study(("clip", "clap"), "text", sets, memories, found.items, distillation), found.zero_shot
 
 
 def _kinds(sounds: list[str], images: list[str], labels: list[str]) -> list[tuple[str, list[str]]]:
@@ -112,7 +114,10 @@ def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | N
     texts = Texts(first, second, list(map(str, keys)), [""] * len(keys), schedule)
     items = RetrievalSet(sides[1], sides[0], second, first)
     image, other = (opened[part].tensor().float() for part in wanted)
-    return Study((spaces[0], spaces[1]), overlap, {f"{len(keys)} {overlap}s": texts}, (image, other), items)
+    title = f"{len(keys)} {overlap}s"
+    # Half as many steps, which are dearer, and enough on the data that the objective was made on.
+    distillation = Schedule(schedule.batch_size, max(1, schedule.steps // 2))
+    return Study((spaces[0], spaces[1]), overlap, {title: texts}, (image, other), items, distillation)
 
 
 def _read_labels(path: Path) -> dict[str, str]:

@@ -561,9 +561,16 @@ def _card(
             "pools": ", ".join(dict.fromkeys(name for bridge in recipe.bridges for name in bridge.pools)),
         }
     settings |= {"noise": {"norm": config.noise_norm}, **asdict(recipe.train)}
+    columns = [(way, metric) for way, metrics in table["chance"].items() for metric in metrics] if table else []
+    if len(recipe.bridges) > 1:
+        # All of them would be wider than a page.
+        columns = [(way, metric) for way, metric in columns if metric in ("mAP", "top-1")]
     results = [
         {"method": name}
-        | {f"{way} {metric}": f"{value:.3f}" for way in metrics for metric, value in metrics[way].items()}
+        | {
+            f"{way} {metric}": f"{metrics[way][metric]:.3f}" if way in metrics else "not measured"
+            for way, metric in columns
+        }
         for name, metrics in (table or {}).items()
     ]
     card = model_card(
@@ -708,9 +715,7 @@ def bridge_config(config: CMCRConfig, bridge: Bridge) -> CMCRConfig:
     for space in set(config.spaces) - set(bridge.spaces):
         fields[f"{space}_config"] = None
     fields["projectors"] = {space: fields["projectors"][space] for space in bridge.spaces}
-    fields["sources"] = {
-        space: fields["sources"][space] for space in bridge.spaces if space in fields["sources"] or ()
-    }
+    fields["sources"] = {space: fields["sources"][space] for space in bridge.spaces}
     fields["bridges"] = [[*bridge.spaces, bridge.overlap]]
     return CMCRConfig(**{**fields, "default_spaces": None, "fingerprints": None})
 

@@ -114,6 +114,17 @@ def test_the_help_of_every_command_names_its_defaults(capsys, command, expected)
         assert text in out
 
 
+def test_the_help_of_evaluate_comes_without_torch():
+    code = (
+        "import sys; sys.argv = ['cmcr']\n"
+        "from cmcr_hf.cli import main\n"
+        "try: main(['evaluate', 'retrieval', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

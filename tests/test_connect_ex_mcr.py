@@ -151,6 +151,8 @@ def test_the_page_and_the_card_tell_of_three_spaces(finished):
     card = (finished.folder / "model" / "README.md").read_text()
     assert "| objective | ex-mcr |" in card
     assert "| pools | text, image, audio, point_cloud |" in card
+    assert "| method | audio_to_point_cloud mAP | point_cloud_to_audio mAP | audio_to_image mAP |" in card
+    assert card.count("| not measured | not measured | not measured |") == 1
     for row in ("texts.csv | the texts that connect | 12", "images | the images that connect | 9"):
         assert row in card
     for row in ("sounds | audio memory | 9", "clouds | point cloud memory | 9"):

@@ -66,7 +66,7 @@ def _group(tables: Sequence[Table], group: str) -> str:
             worst = min(losses, key=lambda name: losses[name].mean)
             words.append(f"{worst} loses most, {_signed(losses[worst])}")
         if not words:
-            words.append("nothing that can be told from the full method")
+            words.append("nothing that can be told from what it is compared with")
         parts.append(f"with {table.title} {', '.join(words)}")
     return f"{_capital(group)}: {'; '.join(parts)}."
 

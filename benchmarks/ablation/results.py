@@ -19,7 +19,7 @@ SMALL = 0.01
 
 @dataclass(frozen=True)
 class Effect:
-    """Difference of mean mAP (of both directions) to the full method of the same seed, with its 95 % interval."""
+    """Difference of mean mAP (of both directions) to another variant of the same seed, with its 95 % interval."""
 
     mean: float
     half_width: float
@@ -63,10 +63,9 @@ class Table:
         return found
 
     def effect(self, variant: Variant) -> Effect:
-        """Return what a variant changes, from the seeds that it and the full method have in common."""
-        differences = [
-            mean_map(one) - mean_map(other) for one, other in zip(self.runs[variant], self.full, strict=False)
-        ]
+        """Return what a variant changes, from the seeds that it and what it is compared with have in common."""
+        base = next(runs for other, runs in self.runs.items() if other.name == variant.against)
+        differences = [mean_map(one) - mean_map(other) for one, other in zip(self.runs[variant], base, strict=False)]
         if len(differences) < 2:
             return Effect(differences[0], float("inf"))
         quantile = T_975[min(len(differences) - 1, len(T_975)) - 1]

@@ -61,6 +61,7 @@ class Study:
         texts: the sets of overlap items by their title.
         memories: of each space's leaf modality, `(rows, dim)` unit rows.
         items: the leaf of the second space retrieves that of the first.
+        distillation: schedule of bridge distillation, whose batches are of the memories, whatever the texts.
     """
 
     spaces: tuple[str, str]
@@ -68,6 +69,7 @@ class Study:
     texts: dict[str, Texts]
     memories: tuple[torch.Tensor, torch.Tensor]
     items: RetrievalSet
+    distillation: Schedule
 
     @property
     def leaves(self) -> tuple[str, str]:
@@ -93,6 +95,7 @@ class Study:
             "labels": [list(self.items.gallery.labels), list(self.items.query.labels)],
         }
         write_json(folder / "study.json", document)
+        write_json(folder / "distillation.json", asdict(self.distillation))
         digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("rows", "study.json")]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
@@ -119,7 +122,8 @@ def _load(folder: Path) -> Study:
     }
     # No connector needs a bank.
     items = RetrievalSet(sides[1], sides[0], rows["test/1"][:0], rows["test/0"][:0])
-    return Study(spaces, overlap, texts, (rows["memory/0"], rows["memory/1"]), items)
+    distillation = Schedule(**json.loads((folder / "distillation.json").read_text(encoding="utf-8")))
+    return Study(spaces, overlap, texts, (rows["memory/0"], rows["memory/1"]), items, distillation)
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,14 @@ class Run:
     variant: Variant
     seed: int
 
-    def key(self, digest: str, bf16: bool) -> str:
+    def key(self, digest: str, distillation: Schedule, bf16: bool) -> str:
         """Return the name under which what it measured is kept."""
         settings = {**asdict(self.variant), "texts_of": self.texts, "seed": self.seed, "bf16": bf16}
-        for shown in ("name", "group", "dear"):
+        for shown in ("name", "group", "against", "dear"):
             del settings[shown]
         settings |= {"study": digest, "version": VERSION, "torch": torch.__version__}
+        if self.variant.distils:
+            settings["distillation"] = asdict(distillation)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -149,7 +155,7 @@ def measure(
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         shared = Path(name)
         digest = study.save(shared)
-        paths = [folder / f"{run.key(digest, bf16)}.json" for run in runs]
+        paths = [folder / f"{run.key(digest, study.distillation, bf16)}.json" for run in runs]
         arguments = (runs, paths, [shared] * len(runs), [bf16] * len(runs))
         if workers == 1:
             yield from zip(runs, map(_kept, *arguments), strict=True)
@@ -171,7 +177,8 @@ def _kept(run: Run, path: Path, folder: Path, bf16: bool) -> Metrics:
 
 def train_and_measure(run: Run, study: Study, *, bf16: bool = False) -> Metrics:
     """Train the connector of a run and measure retrieval between the test items, both ways."""
-    variant, schedule = run.variant, study.texts[run.texts].schedule
+    variant = run.variant
+    schedule = study.distillation if variant.distils else study.texts[run.texts].schedule
     projectors: dict[str, dict[str, int]] = {
         space: {"input_dim": memory.shape[1]} for space, memory in zip(study.spaces, study.memories, strict=True)
     }
@@ -222,6 +229,9 @@ def training_rows(run: Run, study: Study) -> dict[str, torch.Tensor]:
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[drawn[: max(2, round(variant.share * len(rows)))].sort().values]
     native = [texts.first[rows], texts.second[rows]]
+    if variant.distils:
+        # The bank, and the items of the memories themselves.
+        return dict(zip(_names(study), [*native, *study.memories], strict=True))
     pools = [
         _centred_on(modality, native, study, variant.temperature) for modality in variant.pools or (study.overlap,)
     ]
@@ -252,9 +262,13 @@ def _centred_on(
         ]
         leaves = [_pseudo(part, memory, temperature) for part, memory in zip(overlaps, study.memories, strict=True)]
         leaves[own] = items
-    names = [*(f"{space}_{study.overlap}" for space in study.spaces)]
-    names += [f"{space}_{leaf}" for space, leaf in zip(study.spaces, study.leaves, strict=True)]
-    return dict(zip(names, [*overlaps, *leaves], strict=True))
+    return dict(zip(_names(study), [*overlaps, *leaves], strict=True))
+
+
+def _names(study: Study) -> list[str]:
+    """Return what `train_connector` calls the overlap in both spaces and the leaf of each."""
+    names = [f"{space}_{study.overlap}" for space in study.spaces]
+    return names + [f"{space}_{leaf}" for space, leaf in zip(study.spaces, study.leaves, strict=True)]
 
 
 def _pseudo(queries: torch.Tensor, memory: torch.Tensor, temperature: float) -> torch.Tensor:

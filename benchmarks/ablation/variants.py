@@ -16,6 +16,7 @@ NULL = "null: C-MCR on deranged texts"
 # Groups of the table that conclusions are drawn from; of each part, the paper says that it helps.
 PARTS = "parts of the method"
 OBJECTIVES = "objectives"
+BRIDGE = "bridge distillation"
 # A softmax so flat that its gradient vanishes: it takes a term out of the loss and leaves everything else as it is.
 FLAT = 1e6
 
@@ -35,6 +36,7 @@ class Variant:
         batch, steps: factors of the schedule.
         edit: changes the layers of a fresh connector.
         deranged: let each text meet one about something else.
+        against: the variant that it is compared with.
         dear: also measured on large text sets, where a training takes minutes.
     """
 
@@ -49,7 +51,13 @@ class Variant:
     steps: float = 1.0
     edit: str = ""
     deranged: bool = False
+    against: str = FULL
     dear: bool = False
+
+    @property
+    def distils(self) -> bool:
+        """Whether it trains on unpaired items of the memories, for which the texts are a bank."""
+        return self.connector.get("objective") == "bridge-distillation"
 
 
 def _drop_last_norm(connector: CMCRConnector) -> None:
@@ -82,6 +90,14 @@ EDITS: dict[str, Callable[[CMCRConnector], None]] = {
     "linear and norm": partial(_make_linear, norm=True),
 }
 
+DISTILLATION_CHANGES: dict[str, dict[str, Any]] = {
+    "no noise": {"noise_norm": 0.0},
+    "the noise of C-MCR": {"noise_norm": 1.4310835},
+    "items that are not mixed": {"mix_items": False},
+    "targets to the power 1": {"target_power": 1},
+    "cosines at temperature 0.1": {"leaf_temperature": 0.1},
+}
+DEAR = ("items that are not mixed",)
 _BOTH = ("overlap_temperature", "leaf_temperature")
 
 
@@ -92,6 +108,7 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
         kinds: of the texts, each of which is also used alone.
         overlap, leaves: the modality that connects, and those that it connects.
     """
+    distillation = {"objective": "bridge-distillation"}
     return [
         Variant(FULL, "", dear=True),
         Variant("without the noise of semantic completion", PARTS, {"noise_norm": 0.0}, dear=True),
@@ -148,5 +165,10 @@ def variants(kinds: tuple[str, ...], overlap: str, leaves: tuple[str, str]) -> l
         ),
         Variant("Ex-MCR, as in its paper", OBJECTIVES, {"objective": "ex-mcr"}, pools=(overlap, *leaves), dear=True),
         Variant(f"Ex-MCR, centred on {overlap} alone", OBJECTIVES, {"objective": "ex-mcr"}),
+        Variant(BRIDGE, OBJECTIVES, distillation, dear=True),
+        *(
+            Variant(name, f"{BRIDGE}, against itself", {**distillation, **fields}, against=BRIDGE, dear=name in DEAR)
+            for name, fields in DISTILLATION_CHANGES.items()
+        ),
         Variant(NULL, "", deranged=True),
     ]

@@ -91,10 +91,12 @@ def build_scorers(
         text_space: of the texts; by default that of the model.
 
     Raises:
-        ValueError: a space does not embed the bank.
+        ValueError: a space does not embed the bank, or both sides lie in one.
     """
     config, modalities = model.model.config, data.modalities
     spaces = [config.space_of(each, text_space if each == "text" else None) for each in modalities]
+    if bank is not None and spaces[0] == spaces[1]:
+        raise ValueError(f"Both sides lie in the {spaces[0]} space, which needs no bank. Leave it out.")
     first, second = (model.source_embeds(part, space) for part, space in zip(data.sides, spaces, strict=True))
     scorers: dict[str, tuple[Scorer, Scorer]] = {}
     if spaces[0] == spaces[1]:
@@ -265,7 +267,7 @@ def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
 def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
     """Return the queries of the first side that are answered best and worst, with what is ranked first for them."""
     order = precision.argsort(descending=True, stable=True).tolist()
-    chosen = [order[:CASES], order[::-1][: min(CASES, len(order) - CASES)]]
+    chosen = [order[:CASES], order[::-1][: max(0, min(CASES, len(order) - CASES))]]
     found: dict[int, tuple[list[int], list[float], set[int]]] = {}
     notes: dict[int, str] = {}
     for row in [row for part in chosen for row in part]:

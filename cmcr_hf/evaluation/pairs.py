@@ -14,13 +14,14 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..training.data import SUFFIXES, Items, is_table, load_table
+from ..training.places import is_address
 from ..training.recipe import DataSpec
 
 AVE = (
@@ -117,6 +118,9 @@ class PairedSet:
         fingerprint = {part.modality: part.fingerprint for part in self.sides}
         if self.pairs is not None:
             fingerprint["pairs"] = hashlib.sha256(self.pairs.numpy().tobytes()).hexdigest()
+        if self.classes is not None:
+            members = b"".join(part.numpy().tobytes() for part in self.classes)
+            fingerprint["classes"] = hashlib.sha256(json.dumps(self.class_names).encode() + members).hexdigest()
         return {
             "name": self.name,
             "items": {**counts, **({"classes": len(self.class_names)} if self.class_names else {})},
@@ -142,18 +146,21 @@ class _Rows:
         # The limit counts what has several captions, not those.
         self._counted = 1 if modalities[0] == "text" else 0
 
-    def add(self, first: Any, second: Any, labels: Iterable[Any] = ()) -> None:
-        cells = [cell if isinstance(cell, str) else "" if cell is None else str(cell) for cell in (first, second)]
-        if not all(cell.strip() for cell in cells):
+    def add(self, first: Sequence[Any], second: Sequence[Any], labels: Iterable[Any] = ()) -> None:
+        """Add a row: what is in its cells of either side belongs together; an empty cell is none."""
+        cells = [[str(cell) for cell in side if cell is not None and str(cell).strip()] for side in (first, second)]
+        if not all(cells):
             self.empty += 1
             return
-        counted = cells[self._counted]
-        if self.limit and len(self.names[self._counted]) >= self.limit and counted not in self._rows[self._counted]:
+        known, names = self._rows[self._counted], self.names[self._counted]
+        if self.limit and len(names) >= self.limit and not any(cell in known for cell in cells[self._counted]):
             return
-        pair = [self._row(side, cell) for side, cell in enumerate(cells)]
-        self.pairs[pair[0], pair[1]] = None
-        for side, row in enumerate(pair):
-            self._labels[side][row].update(str(label) for label in labels if label not in (None, ""))
+        firsts, seconds = ([self._row(side, cell) for cell in own] for side, own in enumerate(cells))
+        self.pairs |= dict.fromkeys((one, other) for one in firsts for other in seconds)
+        own = {str(label) for label in labels if label not in (None, "")}
+        for side, rows in enumerate((firsts, seconds)):
+            for row in rows:
+                self._labels[side][row] |= own
 
     def _row(self, side: int, cell: str) -> int:
         names, rows = self.names[side], self._rows[side]
@@ -229,27 +236,34 @@ def load_pairs(
     first, second = by_kind
     if not is_table(data):
         return _load_data_set(data, by_kind, label[0] if label else None, config, split, limit)
+    if is_address(data):
+        raise ValueError(f"Expected a table on this machine, got {data}. Download it with its files first.")
     path = Path(data)
     table = load_table(path)
     for column in [*by_kind[first], *by_kind[second], *label]:
         if column not in table:
             raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(table)}.")
     folder = Path(files) if files else path.parent
-    rows = _Rows((first, second), tuple(None if kind == "text" else folder for kind in by_kind), limit)  # type: ignore[arg-type]
+    folders = (None if first == "text" else folder, None if second == "text" else folder)
+    rows = _Rows((first, second), folders, limit)
     for row in range(len(table[by_kind[first][0]])):
-        own = [table[label[0]][row]] if label else []
-        for one in _cells(table, by_kind[first], row):
-            for other in _cells(table, by_kind[second], row):
-                rows.add(one, other, own)
+        one, other = (_cells(table, kind, by_kind[kind], row) for kind in (first, second))
+        rows.add(one, other, [table[label[0]][row]] if label else [])
     return rows.gather(path.name, "Check the columns.")
 
 
-def _cells(table: dict[str, list[Any]], columns: Sequence[str], row: int) -> list[Any]:
-    """Return what the columns of a row hold, of several or a list what is not empty."""
+def _cells(table: dict[str, list[Any]], kind: str, columns: Sequence[str], row: int) -> list[Any]:
+    """Return what the columns of a row hold, of a list each one."""
     cells = [table[column][row] for column in columns]
     spread = [part for cell in cells for part in (cell if isinstance(cell, list) else [cell])]
-    kept = [cell for cell in spread if cell is not None and str(cell).strip()]
-    return kept or [None]
+    for cell in spread:
+        if cell is not None and not isinstance(cell, (str, int, float) if kind == "text" else str):
+            raise ValueError(
+                f"Expected a {'text' if kind == 'text' else 'file name'} in {' or '.join(columns)} of row {row}, got "
+                f"{cell!r:.80}. Name another column, or, where the items themselves are in the table, pass its folder "
+                "as a data set."
+            )
+    return spread
 
 
 def _load_data_set(
@@ -269,13 +283,14 @@ def _load_data_set(
         places.append([key.removeprefix(f"{data}/{split}/").split("/")[0] for key, _, _ in keyed])
         labels.append([set() if own is None else {own} for _, _, own in keyed])
         sides.append(items if found is None else Items.listed("text", [str(value) for _, value, _ in found]))
-    return _align(Path(data).name, sides, places, labels)
+    data_set = _align(Path(data).name, sides, places, labels)
+    # Behind a limit, it is not the other cell that a text lacks.
+    return data_set if limit is None else replace(data_set, empty=0)
 
 
 def _align(name: str, sides: list[Items], places: list[list[str]], labels: list[list[set[str]]]) -> PairedSet:
     """Pair the items of two sides that are of one row, and leave out texts that no item of the other side has."""
-    both = set(places[0]) & set(places[1])
-    empty = len(set(places[0]) ^ set(places[1]))
+    both, empty = set(places[0]) & set(places[1]), 0
     for side, items in enumerate(sides):
         kept = [row for row, place in enumerate(places[side]) if place in both]
         if len(kept) == len(places[side]):
@@ -285,11 +300,10 @@ def _align(name: str, sides: list[Items], places: list[list[str]], labels: list[
                 f"{name} has {len(places[side]) - len(kept)} rows with {items.modality} alone. Fill in the other "
                 "column, or remove the rows."
             )
+        empty = len(set(places[side]) - both)
         texts = [str(item.value) for item in items]
         sides[side] = Items.listed("text", [texts[row] for row in kept])
         places[side], labels[side] = [places[side][row] for row in kept], [labels[side][row] for row in kept]
-        # Behind a limit, a text is not missing its item.
-        empty = 0
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, place in enumerate(places[1]):
         rows_of[place].append(row)
@@ -367,7 +381,7 @@ def _sounding(
     rows = _Rows(("audio", "image"), (folder / "audio", folder / "frames"), limit)
     for stem, label in entries:
         if stem in sounds and stem in frames:
-            rows.add(sounds[stem], frames[stem], [label])
+            rows.add([sounds[stem]], [frames[stem]], [label])
         else:
             rows.missing += 1
     return rows.gather(name, remedy, "research only")
@@ -399,7 +413,7 @@ def load_audiocaps(folder: Path, split: str = "test", *, limit: int | None = Non
                 found.setdefault((video, start), clips[name])
     for _, video, start, caption in entries:
         if (video, start) in found:
-            rows.add(found[video, start], caption)
+            rows.add([found[video, start]], [caption])
         else:
             rows.missing += 1
     return rows.gather("AudioCaps", remedy, "MIT (the captions)")
@@ -417,8 +431,7 @@ def load_clotho(folder: Path, split: str = "evaluation", *, limit: int | None = 
     rows = _Rows(("audio", "text"), (folder / split, None), limit)
     for name, *own in zip(names, *captions, strict=True):
         if (folder / split / name).is_file():
-            for caption in own:
-                rows.add(name, caption)
+            rows.add([name], own)
         else:
             rows.missing += 1
     return rows.gather("Clotho", remedy, "Tampere University licence, research only")
@@ -455,5 +468,5 @@ def load_coco(folder: Path, split: str = "test", *, limit: int | None = None) ->
     rows.missing = len({name for name, _ in entries} - there)
     for name, caption in entries:
         if name in there:
-            rows.add(name, caption)
+            rows.add([name], [caption])
     return rows.gather("COCO", remedy, "CC BY 4.0 (the captions); Flickr terms (the images)")

@@ -102,13 +102,15 @@ class CMCRConfig(PreTrainedConfig):
         posterior_top:
             Of `bridge-distillation`: texts whose weight is kept exactly for every item; the rest is spread evenly.
         intra_weight:
-            Weight lambda of the term that closes the modality gap inside a space. 0.1 in Ex-MCR, by the same group.
+            Weight lambda of the term that closes the modality gap inside a space. 0.1 in Ex-MCR, by the same group,
+            where it is that of the extended space alone, behind the linear map and before the MLPs.
         intra_squared:
             Whether that term squares the distance. The paper's figure reads as a plain Euclidean norm, hence `False`.
         noise_norm:
             Expected norm of the Gaussian noise (semantic completion) relative to a unit embedding; the variance of a
             coordinate is `noise_norm ** 2 / width`. The default is the paper's variance of 0.004 at 512 dimensions,
-            and the same *angle* (cosine 0.57 with the clean vector) at any other width. 0 switches the noise off.
+            and the same *angle* (cosine 0.57 with the clean vector) at any other width. 0 switches the noise off. It
+            is added to all four embeddings of a row, those of the base space of `ex-mcr` too.
             `bridge-distillation` has 0.35 (cosine 0.94): its items are real, so that there is nothing to complete.
         default_spaces:
             `{modality: space}`: the space that `get_text_features` and its like use when none is named. Text and
@@ -136,7 +138,7 @@ class CMCRConfig(PreTrainedConfig):
     ulip_config: PreTrainedConfig | dict | None = None
     sources: dict | None = None
     fingerprints: list | None = None
-    projectors: dict | None = None  # given after creation, as is what follows with None
+    projectors: dict | None = None  # filled in at creation, as is what is None below
     projection_dim: int | None = None
     bridges: list | None = None
     objective: str = "c-mcr"

@@ -29,7 +29,8 @@ def make_study(large: int = 12) -> Study:
     gallery = Side("clip", "image", unit_rows(20, 5), list("abcd" * 5))
     items = RetrievalSet(query, gallery, second, first, unit_rows(4, 6), unit_rows(4, 7))
     texts = {"texts": Texts(first, second, about, kinds, Schedule(batch_size=6, steps=2))}
-    return Study(("clip", "clap"), "text", texts, (unit_rows(30, 2), unit_rows(24, 3)), items)
+    memories = (unit_rows(30, 2), unit_rows(24, 3))
+    return Study(("clip", "clap"), "text", texts, memories, items, Schedule(batch_size=8, steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,13 @@ def all_variants() -> list[Variant]:
 def test_every_variant_has_a_row_of_its_own_and_changes_something() -> None:
     found = all_variants()
     assert len({variant.name for variant in found}) == len(found)
-    settings = {repr(replace(variant, name="", group="", dear=False)) for variant in found}
+    settings = {repr(replace(variant, name="", group="", against="", dear=False)) for variant in found}
     assert len(settings) == len(found)
 
 
-@pytest.mark.parametrize("variant", [one for one in all_variants() if one.edit or one.pools], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "variant", [one for one in all_variants() if one.edit or one.pools or one.distils], ids=lambda one: one.name
+)
 def test_other_layers_and_pools_train_and_are_measured(variant: Variant, study: Study) -> None:
     metrics, full = (train_and_measure(Run("texts", one, 0), study) for one in (variant, all_variants()[0]))
     assert set(metrics) == {"audio_to_image", "image_to_audio"}
@@ -129,6 +132,13 @@ def table_of(differences: dict[str, list[float]]) -> Table:
         runs[Variant(name, PARTS)] = [metrics(value + one) for value, one in zip(base, change, strict=True)]
     free = {"chance": metrics(0.1), "posterior matching": metrics(0.5), "closed cascade": metrics(0.45)}
     return Table("texts", free, runs, {"batch_size": 6, "steps": 2}, 12)
+
+
+def test_an_effect_is_against_what_a_variant_names() -> None:
+    table = table_of({"other": [0.1, 0.1, 0.1]})
+    changed = Variant("changed", "", against="other")
+    table.runs[changed] = table.full
+    assert table.effect(changed).mean == pytest.approx(-0.1)
 
 
 def test_an_effect_is_the_mean_difference_of_the_same_seeds_with_its_interval() -> None:

@@ -230,6 +230,21 @@ def test_a_bank_in_one_space_alone_is_refused(
     assert "Expected a store of the bank in clap, 16 wide, got none" in capsys.readouterr().err
 
 
+def test_sides_of_one_space_need_no_bank(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv")]
+    arguments += ["--columns", "image=picture", "text=caption", "--bank", str(data / "bank.txt")]
+    assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
+    assert "Both sides lie in the clip space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("items", "best", "worst"), [(3, 3, 0), (7, 7, 0), (11, 8, 3), (20, 8, 8)])
+def test_no_case_is_among_the_best_and_the_worst(items: int, best: int, worst: int) -> None:
+    data, rows = captioned(items, 1), unit(items, 0)
+    found = ranking_cases(data, inner_scorer(rows, rows), torch.rand(items))
+    assert [len(cases) for cases in found] == [best, worst]
+    assert len({case.query.value for cases in found for case in cases}) == best + worst
+
+
 def test_texts_are_compared_in_the_source_of_the_other_side_too(tiny_model: Path, data: Path) -> None:
     result = run(tiny_model, data, "audio=clip", "text=caption")
     assert list(result["metrics"]) == ["chance", "clap alone", "model"]

@@ -108,6 +108,30 @@ def test_pairs_of_media_may_belong_to_several_on_both_sides(tmp_path: Path) -> N
     assert data.gold(1).tolist() == [[0, -1], [0, 1]]
 
 
+def test_a_caption_of_several_files_of_a_row_is_one_text(tmp_path: Path) -> None:
+    write_pictures(tmp_path, "left", "right")
+    write(tmp_path / "p.csv", "one,two,text\nleft.jpg,right.jpg,a dog\n")
+    data = load_pairs(str(tmp_path / "p.csv"), [("image", "one"), ("image", "two"), ("text", "text")])
+    assert data.gold(1).tolist() == [[0, 1]]
+
+
+def test_a_cell_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", '{"image": {"bytes": "..."}, "text": "a dog"}')
+    with pytest.raises(ValueError, match="Expected a file name in image of row 0"):
+        load_pairs(str(tmp_path / "p.jsonl"), [("image", "image"), ("text", "text")])
+
+
+def test_other_classes_have_another_fingerprint(tmp_path: Path) -> None:
+    write_clips(tmp_path, "a", "b")
+    found = []
+    for kind in ("dog", "cat"):
+        write(tmp_path / "p.csv", f"file,text,kind\na.wav,1,{kind}\nb.wav,2,bell\n")
+        columns = [("audio", "file"), ("text", "text"), ("class", "kind")]
+        found.append(load_pairs(str(tmp_path / "p.csv"), columns).record()["fingerprint"])
+    assert found[0]["pairs"] == found[1]["pairs"]
+    assert found[0]["classes"] != found[1]["classes"]
+
+
 def test_the_limit_counts_items_and_not_their_captions(tmp_path: Path) -> None:
     write_clips(tmp_path, "a", "b")
     write(tmp_path / "p.csv", "file,text\na.wav,1\nb.wav,2\na.wav,3\n")
