@@ -624,7 +624,7 @@ def _load_sources(recipe: Recipe) -> CMCRModel:
     try:
         return CMCRModel.from_sources_pretrained(
             **ids,
-            config=recipe.connector,
+            config=recipe.connector_fields,
             revisions={space: source.revision for space, source in recipe.sources.items()},
             dtype=torch.float32,
         )
@@ -651,7 +651,7 @@ def _train(
         # As it was before there were other pools.
         prefix = "" if bridge.pools == (bridge.overlap,) else f"{pool}/"
         digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
-    key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector}
+    key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector_fields}
     state = folder / STAGE
     with _stage("train" if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():

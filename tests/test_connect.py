@@ -60,7 +60,7 @@ def recipe(tiny_clip, tiny_clap):
         text=[DataSpec(table="texts.csv", column="text")],
         image=[DataSpec(folder="images")],
         audio=[DataSpec(folder="sounds")],
-        connector={"projection_dim": 8},
+        connector={"objective": "c-mcr", "projection_dim": 8},
         train=TrainSpec(epochs=3, batch_size=4),
         evaluate=EvaluateSpec(
             image=DataSpec(folder="test_images", label="parent"),
@@ -268,7 +268,10 @@ def test_a_run_killed_while_it_wrote_its_first_state_goes_on(recipe, data, tmp_p
     ("changes", "expected"),
     [
         ({"train": TrainSpec(epochs=2, batch_size=4)}, r"copy/train holds a training run with other train\.epochs\."),
-        ({"connector": {"projection_dim": 6}}, r"train holds a training run with other connector\.projection_dim"),
+        (
+            {"connector": {"objective": "c-mcr", "projection_dim": 6}},
+            r"train holds a training run with other connector\.projection_dim",
+        ),
         ({"aggregate_temperature": 0.1}, "pseudo/clip-image holds other embeddings"),
         (
             {"text": [DataSpec(table="texts.csv", limit=8)]},
@@ -419,7 +422,7 @@ def test_a_training_with_a_checkpoint_does_not_give_way(recipe, data, tmp_path, 
     ("changes", "expected"),
     [
         (
-            {"connector": {"overlap_temperature": -1.0}},
+            {"connector": {"objective": "c-mcr", "overlap_temperature": -1.0}},
             "connector of the recipe 'tiny' is not valid: .*must be positive",
         ),
         ({"connector": {"projectors": {"clip": {"layout": "deep"}}}}, "connector of the recipe 'tiny' is not valid"),

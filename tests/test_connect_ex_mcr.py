@@ -197,7 +197,7 @@ def test_c_mcr_trains_on_pools_of_other_modalities_and_keeps_the_folders_of_the_
         recipe,
         sources={"clip": SourceSpec(str(tiny_clip)), "clap": SourceSpec(str(tiny_clap))},
         point_cloud=[],
-        connector={"projection_dim": 8},
+        connector={"objective": "c-mcr", "projection_dim": 8},
         evaluate=None,
     )
     connect(plain, tmp_path, data)

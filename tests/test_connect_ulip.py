@@ -51,7 +51,7 @@ def recipe(tiny_clip, tiny_ulip):
         image=[DataSpec(folder="images")],
         text=[DataSpec(table="texts.csv", column="text")],
         point_cloud=[DataSpec(folder="clouds")],
-        connector={"projection_dim": 8},
+        connector={"objective": "c-mcr", "projection_dim": 8},
         train=TrainSpec(epochs=3, batch_size=4),
         evaluate=EvaluateSpec(
             point_cloud=DataSpec(folder="test_clouds", label="parent"),

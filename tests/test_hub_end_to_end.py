@@ -389,7 +389,7 @@ def test_stores_are_published_by_one_and_connected_by_others_without_the_items(h
     recipe = """
 name: tiny
 sources: {{clip: org/clip, clap: org/clap}}
-connector: {{projection_dim: 8}}
+connector: {{objective: c-mcr, projection_dim: 8}}
 train: {{epochs: 2, batch_size: 4}}
 text: [{text}]
 image: [{image}]

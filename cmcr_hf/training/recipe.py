@@ -37,6 +37,13 @@ WORLD_COUNTS: dict[tuple[str, ...], tuple[str, ...]] = {
 # What a space is connected with CLIP through, where a recipe does not say.
 OVERLAPS = {"clap": "text", "ulip": "image"}
 MODALITIES = ("text", "image", "audio", "point_cloud")
+# The objectives that a field of the connector means something to, of those that do not mean something to all.
+OBJECTIVES_OF = {
+    **dict.fromkeys(("overlap_temperature", "intra_weight", "intra_squared"), ("c-mcr", "ex-mcr")),
+    **dict.fromkeys(
+        ("target_power", "mix_items", "posterior_temperatures", "posterior_top"), ("bridge-distillation",)
+    ),
+}
 # What no recipe comes near: beyond it, a file is another one or means harm.
 MAX_BYTES = 2**20
 MAX_VALUES = 10_000
@@ -220,7 +227,9 @@ class Recipe:
         sources: `clip`, and `clap`, `ulip` or both.
         text, image, audio, point_cloud: data. That of an overlap modality is embedded in both spaces and connects
             them; the leaf modalities are the memories. A connection of two spaces takes three of the four.
-        connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`.
+        connector: fields of `CMCRConfig`, e.g. `{projection_dim: 256}`. Where it names no objective, two spaces are
+            connected by `bridge-distillation`, which real data favours (docs/bridge_distillation.md), and three by
+            `ex-mcr`, the only one that can.
         pools: the modalities that the training data is centred on: every item of one is a training row, which gets
             pseudo embeddings of the other three kinds. The overlap alone by default; under `ex-mcr` all, as its paper;
             `bridge-distillation` has none, since it trains on the items of the memories themselves.
@@ -272,6 +281,12 @@ class Recipe:
                 f"expected the objective ex-mcr for three spaces, got {self.objective}, which would train one CLIP "
                 "projector for both connections. Set connector.objective, or connect CLIP with each space by itself."
             )
+        for name, objectives in OBJECTIVES_OF.items():
+            if name in self.connector and self.objective not in objectives:
+                raise ValueError(
+                    f"connector.{name} goes with {' and '.join(objectives)}, not with {self.objective}. Name one of "
+                    "them as connector.objective, or remove it."
+                )
         self._check_bridges()
         self._check_data()
         _check_keys(self.world or {}, WORLD_COUNTS[tuple(self.others)], "world")
@@ -279,7 +294,12 @@ class Recipe:
     @property
     def objective(self) -> str:
         """What the projectors are trained for."""
-        return str(self.connector.get("objective", "c-mcr"))
+        return str(self.connector.get("objective", "ex-mcr" if len(self.others) > 1 else "bridge-distillation"))
+
+    @property
+    def connector_fields(self) -> dict[str, Any]:
+        """The fields of `CMCRConfig` that the recipe decides, the objective among them."""
+        return {**self.connector, "objective": self.objective}
 
     @property
     def others(self) -> list[str]:
@@ -335,7 +355,10 @@ class Recipe:
                     f"{bridge.space}."
                 )
         if self.objective == "bridge-distillation" and self.pools is not None:
-            raise ValueError(f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows.")
+            raise ValueError(
+                f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows. Name c-mcr or "
+                "ex-mcr as connector.objective, or remove them."
+            )
         strange = [name for name in self.pools or [] if name not in self.modalities]
         if strange:
             raise ValueError(f"pools name {strange[0]!r}, expected some of {', '.join(self.modalities)}.")

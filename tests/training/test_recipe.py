@@ -11,6 +11,7 @@ text: [{table: texts.csv, column: text}]
 image: [{folder: images}]
 audio: [{folder: sounds}]
 """
+C_MCR = "connector: {objective: c-mcr}\n"
 
 
 def write(folder, text):
@@ -55,6 +56,18 @@ def test_numbers_that_yaml_reads_as_text_become_floats(tmp_path):
     assert isinstance(recipe.train.weight_decay, float)
 
 
+def test_two_spaces_are_connected_by_bridge_distillation_and_three_by_ex_mcr_where_a_recipe_does_not_say(tmp_path):
+    assert load_recipe(write(tmp_path, MINIMAL)).connector_fields == {"objective": "bridge-distillation"}
+    assert load_recipe(write(tmp_path, MINIMAL + C_MCR)).connector_fields == {"objective": "c-mcr"}
+    three = load_recipe(write(tmp_path, THREE.replace("connector: {objective: ex-mcr}", "")))
+    assert three.objective == "ex-mcr"
+
+
+@pytest.mark.parametrize("name", ["demo", "shapes", "clip-clap", "clip-ulip"])
+def test_the_recipes_of_the_paper_and_of_the_demonstrations_train_its_objective(name):
+    assert load_recipe(name).objective == "c-mcr"
+
+
 def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
     recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {projection_dim: 64, leaf_temperature: 5e-2}\n"))
     assert recipe.connector == {"projection_dim": 64, "leaf_temperature": 0.05}
@@ -66,6 +79,8 @@ def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
         ("epoch: 3", "unknown key 'epoch'. Known keys: name, sources"),
         ("trian: {epochs: 3}", "unknown key 'trian'. Did you mean 'train'?"),
         ("train: {epoch: 3}", "unknown key 'epoch' in train. Did you mean 'epochs'?"),
+        ("connector: {intra_weight: 0.5}", "connector.intra_weight goes with c-mcr and ex-mcr, not with bridge-dist"),
+        ("connector: {objective: c-mcr, mix_items: false}", "connector.mix_items goes with bridge-distillation, not"),
         ("connector: {projection_dm: 3}", "unknown key 'projection_dm' in connector. Did you mean 'projection_dim'?"),
         ("connector: {clip_config: {}}", "unknown key 'clip_config' in connector"),
         ("connector: {projection_dim: wide}", "expected connector.projection_dim to be of type int, got 'wide'"),
@@ -244,7 +259,7 @@ connector: {objective: ex-mcr}
 
 def test_a_connection_of_two_spaces_is_centred_on_their_overlap_unless_pools_are_named(tmp_path):
     assert load_recipe(write(tmp_path, MINIMAL)).bridges == [Bridge("clap", "text", ("text",))]
-    recipe = load_recipe(write(tmp_path, MINIMAL + "pools: [audio, text]\n"))
+    recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {objective: c-mcr}\npools: [audio, text]\n"))
     assert recipe.bridges == [Bridge("clap", "text", ("text", "audio"))]
     recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {objective: ex-mcr}\n"))
     assert recipe.bridges == [Bridge("clap", "text", ("text", "image", "audio"))]
@@ -279,7 +294,10 @@ def test_bridges_of_three_spaces_may_go_through_texts_alone(tmp_path):
         (THREE.replace("ex-mcr", "c-mcr"), "expected the objective ex-mcr for three spaces, got c-mcr"),
         (THREE.replace("ex-mcr", "ex-mcr, bridges: [[clip, clap, text]]"), "and one [clip, ulip, MODALITY]"),
         (THREE + "pools: [audio]\n", "pools are ['audio'], expected one at least of image, text, point_cloud"),
-        (MINIMAL + "pools: [text, point_cloud]\n", "pools name 'point_cloud', expected some of text, image, audio"),
+        (
+            MINIMAL + C_MCR + "pools: [text, point_cloud]\n",
+            "pools name 'point_cloud', expected some of text, image, audio",
+        ),
         (MINIMAL + "pools: []\n", "pools are [], expected one at least of text, image, audio for clip and clap"),
         (THREE + "evaluate: {image: {folder: a, label: parent}}\n", "evaluate: expected audio or point_cloud"),
     ],
