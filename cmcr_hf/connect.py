@@ -259,6 +259,9 @@ def connect(
         return pseudo[name]
 
     with locked(folder), named_write_errors(folder):
+        for bridge in bridges:
+            # What can be known to differ before hours of work.
+            _check_stage(train_folder(recipe, folder, bridge), _training_key(recipe))
         pools: dict[str, dict[str, list[EmbeddingStore]]] = {}
         for bridge in bridges:
             banks = [trained_on(space, bridge.overlap) for space in bridge.spaces]
@@ -544,9 +547,14 @@ def _card(
 ) -> str:
     """Return the text of the model card: sources, data and settings of the recipe, and the table if there is one."""
     settings: dict[str, Any] = {"objective": config.objective}
+    chosen = config.posterior_temperatures or {}
     if config.objective == "bridge-distillation":
         settings |= {
-            "temperatures": {"leaf": config.leaf_temperature, **(config.posterior_temperatures or {})},
+            "temperature of the cosines": config.leaf_temperature,
+            # In the order of the spaces: JSON has another.
+            "temperatures of the posteriors": {
+                space: f"{chosen[space]:.4g}" for space in config.spaces if space in chosen
+            },
             "power of the targets": config.target_power,
             "items mixed": config.mix_items,
         }
@@ -651,29 +659,11 @@ def _train(
         # As it was before there were other pools.
         prefix = "" if bridge.pools == (bridge.overlap,) else f"{pool}/"
         digests |= {f"{prefix}{store.space}-{store.modality}": store.digest for store in stores}
-    key: dict[str, dict[str, Any]] = {"stores": digests, "train": asdict(spec), "connector": recipe.connector_fields}
+    key = {**_training_key(recipe), "stores": digests}
     state = folder / STAGE
     with _stage("train" if len(recipe.bridges) == 1 else f"train {bridge.space}", report) as done:
         if state.is_file():
-            try:
-                document = json.loads(state.read_text(encoding="utf-8"))
-                found, complete = {part: dict(document["key"][part]) for part in key}, document["complete"] is True
-            except (ValueError, KeyError, TypeError) as error:
-                raise damaged(state, error, f"Delete the folder {folder}") from error
-            differing = [
-                f"{part}.{name}"
-                for part, values in key.items()
-                for name in sorted({*values, *found[part]})
-                if found[part].get(name) != values.get(name)
-            ]
-            # A run that ended before its first checkpoint has nothing to lose to a corrected recipe.
-            begun = complete or any(path not in (state, temporary_path(state)) for path in folder.iterdir())
-            if differing and begun:
-                raise ValueError(
-                    f"{folder} holds a training run with other {', '.join(differing)}. Use another output folder, or "
-                    "delete this one."
-                )
-            if complete:
+            if _check_stage(folder, key):
                 try:
                     verify_checksums(folder / "connector")
                 except ValueError as error:
@@ -705,6 +695,43 @@ def _train(
         losses = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name.startswith("loss"))
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")
         return connector
+
+
+def _training_key(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return what a recipe says of the training, by which a run that has begun is known."""
+    return {"connector": recipe.connector_fields, "train": asdict(recipe.train)}
+
+
+def _check_stage(folder: Path, key: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a folder holds a training run that is complete.
+
+    Raises:
+        ValueError: the run that it holds has begun with another key, or its record is damaged.
+    """
+    state = folder / STAGE
+    if not state.is_file():
+        return False
+    try:
+        document = json.loads(state.read_text(encoding="utf-8"))
+        found, complete = {part: dict(document["key"][part]) for part in key}, document["complete"] is True
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(state, error, f"Delete the folder {folder}") from error
+    # Of the time when there was no other.
+    found["connector"].setdefault("objective", "c-mcr")
+    differing = [
+        f"{part}.{name}"
+        for part, values in key.items()
+        for name in sorted({*values, *found[part]})
+        if found[part].get(name) != values.get(name)
+    ]
+    # A run that ended before its first checkpoint has nothing to lose to a corrected recipe.
+    begun = complete or any(path not in (state, temporary_path(state)) for path in folder.iterdir())
+    if differing and begun:
+        raise ValueError(
+            f"{folder} holds a training run with other {', '.join(differing)}. Use another output folder, or delete "
+            "this one."
+        )
+    return complete
 
 
 def bridge_config(config: CMCRConfig, bridge: Bridge) -> CMCRConfig:

@@ -75,7 +75,7 @@ RECIPE: dict[str, Any] = {
     "text": [{"table": "texts.csv", "column": "text"}],
     "image": [{"folder": "images"}],
     "audio": [{"folder": "sounds"}],
-    "connector": {"projection_dim": 8},
+    "connector": {"objective": "c-mcr", "projection_dim": 8},
     "train": {"epochs": 3, "batch_size": 6},
     "evaluate": {
         "image": {"folder": "test_images", "label": "parent"},

@@ -780,11 +780,31 @@ def test_bridge_distillation_trains_on_the_memories_themselves(recipe, data, tmp
     assert config.posterior_temperatures == done.model.config.posterior_temperatures
     card = (done.folder / "connector" / "README.md").read_text()
     assert "| objective | bridge-distillation |" in card
-    assert f"clap {config.posterior_temperatures['clap']}" in card or "clap" in card.split("temperatures")[1]
+    clip, clap = (f"{config.posterior_temperatures[space]:.4g}" for space in ("clip", "clap"))
+    assert f"| temperatures of the posteriors | clip = {clip}, clap = {clap} |" in card
+    assert "trained by bridge distillation" in card
     assert "pools" not in card.split("| objective |")[1].split("| epochs |")[0]
     again = connect(distilling, done.folder, data)
+    assert (done.folder / "connector" / "README.md").read_text() == card
     assert equal(weights(done.folder), again.model.state_dict())
     assert again.model.config.posterior_temperatures == config.posterior_temperatures
+
+
+def test_another_objective_is_refused_before_anything_is_computed(recipe, data, copy):
+    before = content(copy)
+    with pytest.raises(ValueError, match=r"train holds a training run with other connector\.objective\. Use another"):
+        connect(replace(recipe, connector={"objective": "bridge-distillation", "projection_dim": 8}), copy, data)
+    assert content(copy) == before
+
+
+def test_a_run_of_the_time_before_other_objectives_is_kept(recipe, data, copy, capsys):
+    stage = copy / "train" / walk.STAGE
+    document = json.loads(stage.read_text())
+    del document["key"]["connector"]["objective"]
+    stage.write_text(json.dumps(document))
+    lines = []
+    connect(recipe, copy, data, report=lines.append)
+    assert any(line.startswith("train: kept") for line in lines)
 
 
 def test_bridge_distillation_goes_on_where_it_was_stopped(recipe, data, tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def real_recipe(shared, data, tiny_clip, tiny_clap, *, texts):
         ],
         "image": [{"folder": str(data / "images")}],
         "audio": [{"folder": str(data / "audio")}],
-        "connector": {"projection_dim": 16},
+        "connector": {"objective": "c-mcr", "projection_dim": 16},
         "train": {"epochs": 2, "batch_size": 128, "validation_rows": 50},
         "evaluate": {
             "image": {"folder": str(data / "images"), "label": "parent"},

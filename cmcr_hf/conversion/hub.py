@@ -89,7 +89,7 @@ def model_card(
         license=licence,
         library_name="transformers",
         pipeline_tag="feature-extraction",
-        tags=["c-mcr", "cmcr_hf", *config.spaces, *tasks],
+        tags=[*dict.fromkeys(["c-mcr", config.objective, "cmcr_hf", *config.spaces, *tasks])],
         base_model=on_the_hub or None,
         datasets=list(dict.fromkeys(row["dataset"] for row in training_data if row.get("dataset"))) or None,
     )
@@ -97,6 +97,7 @@ def model_card(
         "MODEL_CARD.md",
         data,
         repo_id=repo_id,
+        objective=config.objective,
         sources=sources,
         training_data=list(training_data),
         training=dict(training or {}),

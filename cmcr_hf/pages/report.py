@@ -43,6 +43,10 @@ METHODS = {
         "trained",
         "this connection: CLIP as it is, a small projector a space beside it, no {bank} at the query",
     ),
+    "bridge distillation": (
+        "trained",
+        "this connection: two small projectors that were taught posterior matching, no {bank} at the query",
+    ),
     "null": ("reference", "the same training with the {bank} of both spaces paired across concepts"),
 }
 

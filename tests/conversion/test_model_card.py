@@ -72,6 +72,21 @@ def test_the_card_of_a_configuration_names_its_sources_without_their_folders(tmp
 
 
 @pytest.mark.parametrize(
+    ("objective", "said", "cited"),
+    [
+        ("c-mcr", "after C-MCR ([arXiv 2305.14381](https://arxiv.org/abs/2305.14381)).", 1),
+        ("ex-mcr", "after Ex-MCR ([arXiv 2310.08884](https://arxiv.org/abs/2310.08884)).", 2),
+        ("bridge-distillation", "trained by bridge distillation.", 1),
+    ],
+)
+def test_the_card_says_and_cites_what_the_projectors_were_trained_for(objective: str, said: str, cited: int) -> None:
+    card = model_card(CMCRConfig(objective=objective), repo_id="toy/cmcr", licences={})
+    assert said in card.text
+    assert card.text.count("@inproceedings{") == cited
+    assert card.data.tags[:2] == (["c-mcr", "cmcr_hf"] if objective == "c-mcr" else ["c-mcr", objective])
+
+
+@pytest.mark.parametrize(
     ("source", "local", "name"),
     [
         ("org/clip", False, "org/clip"),

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from cmcr_hf import CMCRConfig, CMCRConnector
-from cmcr_hf.evaluation.connection import RetrievalSet, Side, baseline_metrics, connector_metrics
+from cmcr_hf.evaluation.connection import ROWS, RetrievalSet, Side, baseline_metrics, connector_metrics
 from cmcr_hf.pages import report as page
-from cmcr_hf.pages.report import write_report
+from cmcr_hf.pages.report import METHODS, write_report
 from cmcr_hf.training.data import Item
 from cmcr_hf.training.recipe import DataSpec, Recipe, SourceSpec
 
@@ -55,6 +55,7 @@ def made(labels, *, audio_dim=16, image_dim=24):
         text=[DataSpec(table="texts.csv")],
         image=[DataSpec(folder="images")],
         audio=[DataSpec(folder="sounds")],
+        connector={"objective": "c-mcr"},
     )
     return {
         "recipe": recipe,
@@ -298,3 +299,7 @@ def test_items_that_are_no_files_are_named_without_media(arguments, tmp_path):
     assert "sounds and pictures of this evaluation are not files of a folder" in text
     assert "Not shown" not in text
     assert "bell/2.wav" in text
+
+
+def test_every_objective_is_told_as_trained_and_explained() -> None:
+    assert {METHODS[row][0] for row in ROWS.values()} == {"trained"}
