@@ -136,13 +136,20 @@ def _class_of(key: str, classes: dict[str, str] | None) -> str:
     return classes[key]
 
 
-def planned(study: Study, seeds: int, null_draws: int, everything: bool) -> list[Run]:
+def planned(
+    study: Study, seeds: int, null_draws: int, everything: bool, titles: Sequence[str] | None = None
+) -> list[Run]:
     """Return the runs, those of the smallest set first, and the first seed of every variant before the second of any.
 
     So a run that is stopped has a table.
+
+    Args:
+        titles: of the sets that are wanted, all by default.
     """
     runs = []
     for title, texts in sorted(study.texts.items(), key=lambda entry: len(entry[1].about)):
+        if titles is not None and title not in titles:
+            continue
         kinds = tuple(dict.fromkeys(kind for kind in texts.kinds if kind))
         large = len(texts.about) > LARGE and not everything
         able = [
@@ -191,6 +198,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/ablations"), help="table, plot and page (default: %(default)s)"
     )
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        choices=TITLES,
+        default=list(TITLES),
+        help="with --data: texts that connect (default: all)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="connectors a variant (default: %(default)s)")
     parser.add_argument("--null", type=int, default=NULL_DRAWS, help="deranged connectors (default: %(default)s)")
     parser.add_argument(
@@ -215,8 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         schedule = Schedule(arguments.batch_size, arguments.steps)
         study = study_of_stores(arguments.stores, arguments.test, arguments.labels, schedule)
-    free = {title: training_free(study, title) for title in study.texts}
-    runs = planned(study, arguments.seeds, arguments.null, arguments.all)
+    titles = [TITLES[name] for name in arguments.texts] if arguments.data is not None else list(study.texts)
+    free = {title: training_free(study, title) for title in titles}
+    runs = planned(study, arguments.seeds, arguments.null, arguments.all, titles)
     found: dict[tuple[str, Variant], list[Metrics]] = defaultdict(list)
     measured = measure(study, runs, arguments.cache / "ablations", workers=arguments.workers, bf16=arguments.bf16)
     for run, metrics in tqdm(measured, desc="connectors", total=len(runs), unit="run"):
@@ -229,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             asdict(study.texts[title].schedule),
             len(study.texts[title].about),
         )
-        for title in study.texts
+        for title in titles
     ]
     items = study.items
     caption = (
