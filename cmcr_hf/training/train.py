@@ -68,6 +68,8 @@ from .store import EmbeddingStore, check_same_keys
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
 MAX_METRIC_ROWS = 5000
+# So many rows are summed at a time, in float32, whatever their dtype.
+FINITE_ROWS = 65536
 
 
 @dataclass
@@ -277,9 +279,15 @@ def train_connector(
         log_lines: print a line a log; without, there is the progress bar alone (none under `disable_tqdm`).
 
     Raises:
-        ValueError: fewer rows than one batch, a batch of one, stores that are not aligned, or a loss or weights that
-            are not finite.
+        ValueError: nothing to train, embeddings that are not finite or not aligned, fewer rows than one batch, a batch
+            of one, or a loss or weights that are not finite.
     """
+    if all(projector["layout"] == "identity" for projector in (config.projectors or {}).values()):
+        raise ValueError(
+            f"All projectors of {' and '.join(config.spaces)} are the identity, expected one at least of another "
+            "layout: there is nothing to train."
+        )
+    _check_finite([embeds] if isinstance(embeds, dict) else embeds)
     training: Any
     held_out: Any = None
     if config.objective == "bridge-distillation":
@@ -351,6 +359,18 @@ def train_connector(
         if held_out is not None:
             trainer.evaluate()
     return connector.cpu().eval(), trainer.state.log_history
+
+
+def _check_finite(pools: Sequence[Embeds]) -> None:
+    """Check that there is no row that would spoil the weights, which tell only at the end of an epoch."""
+    for number, embeds in enumerate(pools):
+        for name, rows in embeds.items():
+            for start, part in zip(range(0, len(rows), FINITE_ROWS), rows.split(FINITE_ROWS), strict=False):
+                if part.sum(dtype=torch.float32).isfinite():
+                    continue
+                for row in (~part.isfinite().all(dim=1)).nonzero().flatten().tolist():
+                    place = f" of pool {number}" if len(pools) > 1 else ""
+                    raise ValueError(f"{name} row {start + row}{place} is not finite. Embed it anew, or leave it out.")
 
 
 def _unpaired(

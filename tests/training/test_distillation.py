@@ -130,6 +130,15 @@ def test_what_cannot_train_is_refused_with_what_to_do(tmp_path):
         CMCRConfig(objective="bridge-distillation", bridges=bridges)
 
 
+def test_a_bank_of_one_text_is_refused_whatever_the_temperatures(tmp_path):
+    embeds = unpaired_embeds()
+    constant = embeds["clip_text"][:1].expand(60, -1) + 1e-8 * torch.arange(60)[:, None]
+    for fields in ({}, {"posterior_temperatures": {"clip": 0.1, "clap": 0.1}}):
+        with pytest.raises(ValueError, match="All 60 rows of clip_text are the same, expected a bank of text items"):
+            train_connector(small_config(**fields), {**embeds, "clip_text": constant}, arguments(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_ranks_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setattr(ConnectorTrainingArguments, "world_size", 2)
