@@ -199,7 +199,7 @@ def test_large_finite_rows_of_half_precision_are_taken(tmp_path):
 def test_projectors_that_are_all_the_identity_are_refused_for_training(tmp_path, objective):
     spaces = {space: {"input_dim": 6, "layout": "identity"} for space in ("clip", "clap")}
     config = CMCRConfig(objective=objective, projectors=spaces, projection_dim=6)
-    with pytest.raises(ValueError, match="All projectors of clip and clap are the identity, .* nothing to train"):
+    with pytest.raises(ValueError, match=r"All projectors of clip and clap are the identity, .* nothing to train"):
         train_connector(config, {name: torch.randn(48, 6) for name in NAMES}, arguments(tmp_path))
 
 
