@@ -446,7 +446,7 @@ def test_a_store_of_another_width_than_the_configuration_is_an_error(tmp_path):
     stores = save_stores(tmp_path, aligned_embeds(64))
     CMCRConfig(projectors={"clip": {"input_dim": 5}, "clap": {"input_dim": 4}}).save_pretrained(tmp_path / "config")
     with pytest.raises(ValueError, match="clip_text holds rows of width 6, expected 5 for clip"):
-        run_main(tmp_path / "out", stores, "--connector_config", str(tmp_path / "config"))
+        run_main(tmp_path / "out", stores, "--connector_config", str(tmp_path / "config"), projection_dim=None)
 
 
 def test_the_connector_records_sources_on_the_hub(tmp_path):
