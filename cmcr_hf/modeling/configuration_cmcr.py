@@ -146,7 +146,7 @@ class CMCRConfig(PreTrainedConfig):
     leaf_temperature: float | int | None = None
     target_power: float | int = 3
     mix_items: bool = True
-    posterior_temperatures: dict | None = None
+    posterior_temperatures: dict[str, float | int] | None = None
     posterior_top: int = 1024
     intra_weight: float | int = 0.1
     intra_squared: bool = False
@@ -320,6 +320,13 @@ class CMCRConfig(PreTrainedConfig):
                 f"bridge-distillation connects two spaces, expected one bridge, got {self.bridges}. Train each pair "
                 "on its own, or several spaces with ex-mcr."
             )
+        if self.objective == "bridge-distillation" and self.posterior_temperatures is not None:
+            missing = [space for space in self.bridges[0][:2] if space not in self.posterior_temperatures]
+            if missing:
+                raise ValueError(
+                    f"posterior_temperatures lack {' and '.join(missing)}, expected those of both spaces of the "
+                    f"bridge, got {self.posterior_temperatures!r}. Name both, or none: the training chooses them."
+                )
         for name in ("intra_weight", "noise_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must not be negative, and finite, got {getattr(self, name)}.")

@@ -303,8 +303,11 @@ class CMCRConnector(CMCRPreTrainedModel):
             matches: for the loss of `bridge-distillation`: how well the items of the bridge's first space (rows) and
                 of its second (columns) match.
         """
-        if matches is not None and self.training and self.config.mix_items:
-            embeds, matches = self._mix(embeds, matches, noise_seed)
+        distilled = self.config.objective == "bridge-distillation" and (return_loss or matches is not None)
+        if distilled:
+            matches = self._check_unpaired(embeds, matches)
+            if self.training and self.config.mix_items:
+                embeds, matches = self._mix(embeds, matches, noise_seed)
         completed, projected = {}, {}
         for name, source_embeds in embeds.items():
             space, _, modality = name.partition("_")
@@ -321,7 +324,7 @@ class CMCRConnector(CMCRPreTrainedModel):
                 terms = [self._c_mcr_terms(bridge, projected) for bridge in bridges]
             elif objective == "ex-mcr":
                 terms = [self._ex_mcr_terms(bridge, completed, projected) for bridge in bridges]
-            elif objective == "bridge-distillation":
+            elif distilled and matches is not None:
                 terms = [self._distillation_terms(bridge, projected, matches) for bridge in bridges]
             else:
                 raise ValueError(
@@ -342,6 +345,21 @@ class CMCRConnector(CMCRPreTrainedModel):
             noise = row_noise(embeds, noise_seed, name, rank * len(embeds))
         return normalize(embeds) + self.config.noise_norm * embeds.shape[-1] ** -0.5 * noise
 
+    def _check_unpaired(self, embeds: dict[str, torch.Tensor], matches: torch.Tensor | None) -> torch.Tensor:
+        """Return the matches, if they are there and those of the embeddings of both leaf modalities."""
+        names = _leaves_of((self.config.bridges or [])[0])
+        if matches is None or embeds.keys() != set(names):
+            raise ValueError(
+                f"Expected the embeddings {names} and their matches, got {list(embeds)} "
+                f"{'without' if matches is None else 'and'} matches."
+            )
+        shape = tuple(len(embeds[name]) for name in names)
+        if matches.shape != shape:
+            raise ValueError(
+                f"Expected matches of the shape {shape}, {names[0]} by {names[1]}, got {tuple(matches.shape)}."
+            )
+        return matches
+
     def _mix(
         self, embeds: dict[str, torch.Tensor], matches: torch.Tensor, noise_seed: tuple[int, ...] | None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -359,16 +377,10 @@ class CMCRConnector(CMCRPreTrainedModel):
         return mixed, matches
 
     def _distillation_terms(
-        self, bridge: list[str], projected: dict[str, torch.Tensor], matches: torch.Tensor | None
+        self, bridge: list[str], projected: dict[str, torch.Tensor], matches: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Return how far the cosines of unpaired items are from what the overlap modality says of them."""
-        names = _leaves_of(bridge)
-        if matches is None or projected.keys() != set(names):
-            raise ValueError(
-                f"Expected the embeddings {names} and their matches, got {list(projected)} "
-                f"{'without' if matches is None else 'and'} matches."
-            )
-        leaf_a, leaf_b = (projected[name].float() for name in names)
+        leaf_a, leaf_b = (projected[name].float() for name in _leaves_of(bridge))
         scale = 1 / self.config.leaf_temperature  # type: ignore[operator]
         loss = matched_cross_entropy(leaf_a, leaf_b, matches.float(), scale, self.config.target_power)
         return {"loss": loss, "loss_leaf": loss}

@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from .posteriors import Posteriors, choose_temperatures, matches, posteriors
 
+# Rounding moves the coordinates of a text that is embedded again by less.
+SAME = 1e-6
+
 
 class UnpairedDataset(Dataset[dict[str, Any]]):
     """Items of two memories and their posteriors, indexed a whole batch at a time.
@@ -66,7 +69,8 @@ def unpaired_data(
         device: to compute on; the result is on the CPU.
 
     Raises:
-        ValueError: an embedding is missing, or the overlap has other rows in one space than in the other.
+        ValueError: an embedding is missing, or the overlap has other rows in one space than in the other, or one row
+            again and again.
     """
     space_a, space_b, overlap = (config.bridges or [])[0]
     spaces = (space_a, space_b)
@@ -80,6 +84,12 @@ def unpaired_data(
             f"Expected the same {overlap} items in both spaces, at least 4 of them, got {len(banks[0])} and "
             f"{len(banks[1])}. Embed one list in both."
         )
+    for space, bank in zip(spaces, banks, strict=True):
+        if (bank.amax(dim=0) - bank.amin(dim=0)).max() < SAME:
+            raise ValueError(
+                f"All {len(bank)} rows of {space}_{overlap} are the same, expected a bank of {overlap} items that "
+                "differ: they are to tell which items match. Embed others."
+            )
     memories = [embeds[name].to(device) for name in leaves]
     if config.posterior_temperatures is None:
         chosen = choose_temperatures(banks[0], memories[0], banks[1], memories[1])

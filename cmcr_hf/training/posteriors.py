@@ -26,6 +26,8 @@ PROBES, ANSWERS = 512, 8192
 # Temperatures to try, in units of the spread of an item's cosines with the texts, which is .02 in CLIP ViT-B/32 and
 # .1 in small models: steps of the square root of two.
 RATIOS = (0.35, 0.5, 0.71, 1.0, 1.41, 2.0)
+# What rounding makes of cosines that are equal.
+MIN_SPREAD = 1e-6
 
 
 @dataclass
@@ -155,6 +157,9 @@ def choose_temperatures(
         bank_a, bank_b: the same texts in both spaces, row by row.
         memory_a, memory_b: items of both spaces.
         seed: of the draw of texts.
+
+    Raises:
+        ValueError: the texts are all the same to the items.
     """
     generator = torch.Generator().manual_seed(seed)
     probes = min(PROBES, len(bank_a) // 2)
@@ -170,6 +175,11 @@ def choose_temperatures(
             cosines.append(normalize(memory[_nearest(questions, memory)].float(), dim=1) @ answers.T)
         if not tried:
             spreads = [side.std(dim=1).mean().item() for side in cosines]
+            if not min(spreads) > MIN_SPREAD:
+                raise ValueError(
+                    f"Expected texts that items tell apart, got cosines of the spreads {spreads[0]:.1g} and "
+                    f"{spreads[1]:.1g}. Take texts that differ."
+                )
             tried = [[spread * ratio for ratio in RATIOS] for spread in spreads]
         parts = [[(side / t).softmax(dim=1) for t in steps] for side, steps in zip(cosines, tried, strict=True)]
         ranks.append(torch.stack([_log_ranks(a @ b.T) for a, b in itertools.product(*parts)]))

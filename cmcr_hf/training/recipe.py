@@ -348,17 +348,17 @@ class Recipe:
         ):
             each = " and one ".join(f"[clip, {space}, MODALITY]" for space in self.others)
             raise ValueError(f"expected connector.bridges as one {each}, got {bridges!r}.")
+        if self.objective == "bridge-distillation" and self.pools is not None:
+            raise ValueError(
+                f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows. Name c-mcr or "
+                "ex-mcr as connector.objective, or remove them."
+            )
         for bridge in self.bridges:
             if not bridge.pools:
                 raise ValueError(
                     f"pools are {self.pools}, expected one at least of {', '.join(bridge.modalities)} for clip and "
                     f"{bridge.space}."
                 )
-        if self.objective == "bridge-distillation" and self.pools is not None:
-            raise ValueError(
-                f"pools are {self.pools}, expected none for bridge-distillation, which pairs no rows. Name c-mcr or "
-                "ex-mcr as connector.objective, or remove them."
-            )
         strange = [name for name in self.pools or [] if name not in self.modalities]
         if strange:
             raise ValueError(f"pools name {strange[0]!r}, expected some of {', '.join(self.modalities)}.")

@@ -64,10 +64,13 @@ from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
 from .distillation import UnpairedDataset, unpaired_data
 from .distributed import join_ranks, one_batch_of_all_ranks
+from .recipe import OBJECTIVES_OF
 from .store import EmbeddingStore, check_same_keys
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
 MAX_METRIC_ROWS = 5000
+# So many rows are summed at a time, in float32, whatever their dtype.
+FINITE_ROWS = 65536
 
 
 @dataclass
@@ -114,11 +117,12 @@ class ConnectorArguments:
     )
     validation_rows: int = field(default=0, metadata={"help": "Rows held out for the evaluation loss and R@k."})
     connector_config: str | None = field(
-        default=None, metadata={"help": "Folder or file of a CMCRConfig; else the options below."}
+        default=None,
+        metadata={"help": "Folder or file of a CMCRConfig; else the options below, which may not differ from it."},
     )
-    objective: str = field(
-        default=CMCRConfig.objective,
-        metadata={"help": "What to train: c-mcr, ex-mcr or bridge-distillation."},
+    objective: str | None = field(
+        default=None,
+        metadata={"help": f"What to train: c-mcr, ex-mcr or bridge-distillation (default: {CMCRConfig.objective})."},
     )
     projection_dim: int | None = field(
         default=None, metadata={"help": "Width of the shared space (default: 512; ex-mcr: that of CLIP)."}
@@ -145,7 +149,10 @@ class ConnectorArguments:
             "that of the distilled cosines (0.2)."
         },
     )
-    intra_weight: float = field(default=0.1, metadata={"help": "Weight of the modality gap term (lambda)."})
+    intra_weight: float | None = field(
+        default=None,
+        metadata={"help": f"Weight of the modality gap term (lambda; default: {CMCRConfig.intra_weight})."},
+    )
     resume_from_last_checkpoint: bool = field(
         default=False,
         metadata={"help": "Go on behind the last whole checkpoint of the output folder, where it has one."},
@@ -277,9 +284,15 @@ def train_connector(
         log_lines: print a line a log; without, there is the progress bar alone (none under `disable_tqdm`).
 
     Raises:
-        ValueError: fewer rows than one batch, a batch of one, stores that are not aligned, or a loss or weights that
-            are not finite.
+        ValueError: nothing to train, embeddings that are not finite or not aligned, fewer rows than one batch, a batch
+            of one, or a loss or weights that are not finite.
     """
+    if all(projector["layout"] == "identity" for projector in (config.projectors or {}).values()):
+        raise ValueError(
+            f"All projectors of {' and '.join(config.spaces)} are the identity, expected one at least of another "
+            "layout: there is nothing to train."
+        )
+    _check_finite([embeds] if isinstance(embeds, dict) else embeds)
     training: Any
     held_out: Any = None
     if config.objective == "bridge-distillation":
@@ -353,6 +366,18 @@ def train_connector(
     return connector.cpu().eval(), trainer.state.log_history
 
 
+def _check_finite(pools: Sequence[Embeds]) -> None:
+    """Check that there is no row that would spoil the weights, which tell only at the end of an epoch."""
+    for number, embeds in enumerate(pools):
+        for name, rows in embeds.items():
+            for start, part in zip(range(0, len(rows), FINITE_ROWS), rows.split(FINITE_ROWS), strict=False):
+                if part.sum(dtype=torch.float32).isfinite():
+                    continue
+                for row in (~part.isfinite().all(dim=1)).nonzero().flatten().tolist():
+                    place = f" of pool {number}" if len(pools) > 1 else ""
+                    raise ValueError(f"{name} row {start + row}{place} is not finite. Embed it anew, or leave it out.")
+
+
 def _unpaired(
     config: CMCRConfig, embeds: Embeds | Sequence[Embeds], args: TrainingArguments, validation_rows: int
 ) -> UnpairedDataset:
@@ -393,9 +418,12 @@ def _closed_bars(trainer: Trainer) -> Iterator[None]:
                         bar.close()
 
 
-def pools_of(stores: Sequence[EmbeddingStore]) -> list[list[EmbeddingStore]]:
-    """Return the stores of each pool: all of them, or, where one embedding is there twice, those of the same items."""
-    if len({(store.space, store.modality) for store in stores}) == len(stores):
+def pools_of(stores: Sequence[EmbeddingStore], objective: str) -> list[list[EmbeddingStore]]:
+    """Return the stores of each pool: all of them, or, where one embedding is there twice, those of the same items.
+
+    Those of `bridge-distillation` are of other items each, and no pools.
+    """
+    if objective == "bridge-distillation" or len({(store.space, store.modality) for store in stores}) == len(stores):
         return [list(stores)]
     pools: dict[tuple[str, ...], list[EmbeddingStore]] = {}
     for store in stores:
@@ -408,7 +436,7 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
 
     Raises:
         ValueError: a store is missing, there twice, of another space or width, of other items than the others, or of
-            another source than its space.
+            another source than its space; or, of `bridge-distillation`, a memory is one of pseudo embeddings.
     """
     wanted = []
     for space_a, space_b, overlap in config.bridges or []:
@@ -433,12 +461,25 @@ def ordered_stores(stores: Sequence[EmbeddingStore], config: CMCRConfig) -> dict
                 f"{store.folder} comes from another source than the other store of {store.space}. Embed both with one."
             )
     aligned = [by_name[name] for name in dict.fromkeys(names)]
-    if config.objective == "bridge-distillation":
-        # The memories have rows of their own.
-        aligned = aligned[:2]
-    keys = aligned[0].keys()
-    for store in aligned[1:]:
-        check_same_keys((str(aligned[0].folder), keys), (str(store.folder), store.keys()))
+    distilled = config.objective == "bridge-distillation"
+    bank, keys = aligned[0], aligned[0].keys()
+    for place, store in enumerate(aligned[1:], 1):
+        if distilled and place > 1:
+            # The memories have rows of their own, and pseudo embeddings those of the bank.
+            if store.rows == bank.rows and store.keys() == keys:
+                raise ValueError(
+                    f"{store.folder} and {bank.folder} hold the same items, as pseudo embeddings do, expected a "
+                    f"memory of real {store.modality} items. Name the store that they were made from, or train c-mcr."
+                )
+            continue
+        try:
+            check_same_keys((str(bank.folder), keys), (str(store.folder), store.keys()))
+        except ValueError as error:
+            if place == 1 or len(aligned) > 4:
+                raise
+            raise ValueError(
+                f"{error} Or train on memories of unpaired items: --objective bridge-distillation."
+            ) from error
     return {name: by_name[name] for name in dict.fromkeys(names)}
 
 
@@ -454,6 +495,22 @@ def tuned(args: TrainingArguments) -> Iterator[None]:
         yield
 
 
+def _check_agreement(config: CMCRConfig, given: dict[str, Any], layout: str | None) -> None:
+    """Check that the options beside a configuration say what it says."""
+    wanted: dict[str, Any] = {name: (value, getattr(config, name)) for name, value in given.items()}
+    if layout is not None:
+        # Of ex-mcr, the base stays as it is.
+        fixed = {bridge[0] for bridge in config.bridges or []} if config.objective == "ex-mcr" else set()
+        found = {projector["layout"] for space, projector in (config.projectors or {}).items() if space not in fixed}
+        wanted["layout"] = (layout, layout if found == {layout} else " and ".join(sorted(found)))
+    for name, (asked, there) in wanted.items():
+        if asked != there:
+            raise ValueError(
+                f"--{name} is {asked}, and {there} in --connector_config, which decides. Remove the option, or change "
+                "the configuration."
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script: parse, open the stores, train, save."""
     parser = HfArgumentParser(
@@ -464,11 +521,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments, args = parser.parse_args_into_dataclasses(argv)
     stores = [EmbeddingStore.open(folder) for folder in arguments.stores]
     try:
+        options = ["objective", "projection_dim", "noise_norm", "intra_weight"]
+        options += ["overlap_temperature", "leaf_temperature"]
+        given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
         if arguments.connector_config is not None:
             config = CMCRConfig.from_pretrained(arguments.connector_config)
+            _check_agreement(config, given, arguments.layout)
         else:
-            options = ["objective", "projection_dim", "noise_norm", "intra_weight"]
-            options += ["overlap_temperature", "leaf_temperature"]
             layout = {} if arguments.layout is None else {"layout": arguments.layout}
             # Of ex-mcr, CLIP is the base, which stays as it is.
             fixed = ("clip",) if arguments.objective == "ex-mcr" else ()
@@ -477,11 +536,17 @@ def main(argv: list[str] | None = None) -> None:
                     store.space: {"input_dim": store.dim, **({} if store.space in fixed else layout)}
                     for store in stores
                 },
-                **{name: getattr(arguments, name) for name in options},
+                **given,
             )
     except StrictDataclassError as error:
         raise ValueError(f"The connector's configuration is not valid: {error.__cause__ or error}") from error
-    pools = [ordered_stores(pool, config) for pool in pools_of(stores)]
+    for name, objectives in OBJECTIVES_OF.items():
+        if name in given and config.objective not in objectives:
+            raise ValueError(
+                f"--{name} goes with {' and '.join(objectives)}, not with {config.objective}. Name one of them as "
+                "--objective, or remove it."
+            )
+    pools = [ordered_stores(pool, config) for pool in pools_of(stores, config.objective)]
     sources = {store.space: {name: store.source[name] for name in ("id", "revision")} for store in stores}
     # The name of a local folder does not tell where it lies; a Hub id, which has one slash, is found anywhere.
     if all(source["id"].count("/") == 1 for source in sources.values()):

@@ -152,6 +152,8 @@ def test_bridge_distillation_has_noise_and_a_temperature_of_its_own():
     [
         ({"posterior_temperatures": {"ulip": 0.1}}, "posterior_temperatures as {space: number}"),
         ({"posterior_temperatures": {"clip": 0}}, "posterior_temperatures.clip must be positive"),
+        ({"posterior_temperatures": {"clip": 0.1}}, "posterior_temperatures lack clap, expected those of both spaces"),
+        ({"posterior_temperatures": {}}, "posterior_temperatures lack clip and clap"),
         ({"target_power": 0}, "target_power must be positive"),
         ({"posterior_top": 0}, "posterior_top must be a whole number"),
     ],

@@ -712,6 +712,21 @@ def test_the_distillation_loss_compares_all_items_of_both_memories_with_their_ma
         connector(embeds)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_items_without_their_partners_or_matches_are_refused_in_either_mode(training):
+    connector = distilling_connector().train(training)
+    embeds = {"clip_image": torch.randn(5, 6), "clap_audio": torch.randn(7, 4)}
+    with pytest.raises(
+        ValueError, match=r"\['clip_image', 'clap_audio'\] and their matches, got \['clip_image'\] and"
+    ):
+        connector({"clip_image": embeds["clip_image"]}, matches=torch.rand(5, 7))
+    for shape in ((7, 5), (5, 1), (5,)):
+        with pytest.raises(ValueError, match=r"matches of the shape \(5, 7\), clip_image by clap_audio, got \("):
+            connector(embeds, matches=torch.rand(shape))
+    # Without a loss, any embeddings are projected.
+    assert list(connector({"clap_text": torch.randn(2, 4)}, return_loss=False).embeds) == ["clap_text"]
+
+
 def test_items_and_their_matches_are_mixed_alike():
     """With one-hot items of a bilinear match, what is mixed matches as the mixtures do."""
     connector = distilling_connector(noise_norm=0)

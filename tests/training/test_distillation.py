@@ -130,6 +130,15 @@ def test_what_cannot_train_is_refused_with_what_to_do(tmp_path):
         CMCRConfig(objective="bridge-distillation", bridges=bridges)
 
 
+def test_a_bank_of_one_text_is_refused_whatever_the_temperatures(tmp_path):
+    embeds = unpaired_embeds()
+    constant = embeds["clip_text"][:1].expand(60, -1) + 1e-8 * torch.arange(60)[:, None]
+    for fields in ({}, {"posterior_temperatures": {"clip": 0.1, "clap": 0.1}}):
+        with pytest.raises(ValueError, match="All 60 rows of clip_text are the same, expected a bank of text items"):
+            train_connector(small_config(**fields), {**embeds, "clip_text": constant}, arguments(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_ranks_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setattr(ConnectorTrainingArguments, "world_size", 2)
@@ -137,26 +146,85 @@ def test_several_ranks_are_refused(tmp_path, monkeypatch):
         train_connector(small_config(), unpaired_embeds(), args)
 
 
-def test_the_script_trains_on_two_memories_of_unlike_rows(tmp_path):
+def save_stores(folder, embeds, keys=None):
+    """Save stores whose rows have the keys of their modality, or of the one that is named; return their folders."""
     folders = []
-    for name, rows in unpaired_embeds().items():
+    for name, rows in embeds.items():
         space, modality = name.split("_")
         store = EmbeddingStore.create(
-            tmp_path / name,
+            folder / name,
             space=space,
             modality=modality,
             source={"id": f"org/{space}", "revision": "main", "config_hash": "0"},
             dim=rows.shape[1],
             data_fingerprint=name,
         )
-        store.append(rows, [f"{modality}-{row}" for row in range(len(rows))])
+        store.append(rows, [f"{keys or modality}-{row}" for row in range(len(rows))])
         store.finish()
-        folders.append(str(tmp_path / name))
-    options = ["--objective", "bridge-distillation", "--num_train_epochs", "1", "--per_device_train_batch_size", "20"]
-    main(
-        ["--stores", *folders, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--disable_tqdm", "True", *options]
-    )
+        folders.append(str(folder / name))
+    return folders
+
+
+def run_main(folder, stores, *options):
+    options += ("--num_train_epochs", "1", "--per_device_train_batch_size", "20", "--disable_tqdm", "True")
+    main(["--stores", *stores, "--output_dir", str(folder), "--use_cpu", *options])
+
+
+def test_the_script_trains_on_two_memories_of_unlike_rows(tmp_path):
+    stores = save_stores(tmp_path, unpaired_embeds())
+    run_main(tmp_path / "run", stores, "--objective", "bridge-distillation")
     config = CMCRConnector.from_pretrained(tmp_path / "run").config
     assert config.objective == "bridge-distillation"
     assert (config.noise_norm, config.leaf_temperature) == (0.35, 0.2)
     assert set(config.posterior_temperatures) == {"clip", "clap"}
+
+
+def test_pseudo_embeddings_are_no_memories(tmp_path):
+    embeds = unpaired_embeds()
+    stores = save_stores(tmp_path, embeds)
+    pseudo = {"clap_audio": embeds["clap_text"]}
+    stores[-1:] = save_stores(tmp_path / "pseudo", pseudo, keys="text")
+    with pytest.raises(ValueError, match=r"clap_audio and .*clip_text hold the same items, .* Name the store"):
+        run_main(tmp_path / "run", stores, "--objective", "bridge-distillation")
+
+
+def test_memories_without_the_objective_are_pointed_to_it(tmp_path):
+    stores = save_stores(tmp_path, unpaired_embeds())
+    with pytest.raises(ValueError, match=r"Row 0 of .*clip_text .* unpaired items: --objective bridge-distillation\."):
+        run_main(tmp_path / "run", stores)
+
+
+def test_a_store_given_twice_is_listed_with_all_others(tmp_path):
+    stores = save_stores(tmp_path, unpaired_embeds())
+    given = "got clip_text, clap_text, clip_image, clap_audio, clip_image"
+    with pytest.raises(ValueError, match=f"Expected one store each of .*, {given}"):
+        run_main(tmp_path / "run", [*stores, stores[2]], "--objective", "bridge-distillation")
+
+
+@pytest.mark.parametrize(
+    "options", [("--overlap_temperature", "0.3"), ("--intra_weight", "5"), ("--intra_weight", "0.1")]
+)
+def test_options_of_another_objective_are_refused(tmp_path, options):
+    stores = save_stores(tmp_path, unpaired_embeds())
+    with pytest.raises(ValueError, match=f"{options[0]} goes with c-mcr and ex-mcr, not with bridge-distillation"):
+        run_main(tmp_path / "run", stores, "--objective", "bridge-distillation", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [
+        (("--objective", "c-mcr"), "bridge-distillation"),
+        (("--projection_dim", "16"), "8"),
+        (("--noise_norm", "0.5"), "0.35"),
+        (("--layout", "linear-bn-relu"), "linear-bn-relu-linear-bn"),
+    ],
+)
+def test_options_that_differ_from_the_configuration_are_refused(tmp_path, options, there):
+    stores = save_stores(tmp_path, unpaired_embeds())
+    small_config().save_pretrained(tmp_path / "config")
+    given = ("--connector_config", str(tmp_path / "config"))
+    with pytest.raises(ValueError, match=f"{options[0]} is {options[1]}, and {there} in --connector_config, which"):
+        run_main(tmp_path / "run", stores, *given, *options)
+    agreeing = ("--objective", "bridge-distillation", "--projection_dim", "8", "--layout", "linear-bn-relu-linear-bn")
+    run_main(tmp_path / "run", stores, *given, *agreeing)
+    assert CMCRConnector.from_pretrained(tmp_path / "run").config.noise_norm == 0.35

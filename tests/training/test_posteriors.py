@@ -74,6 +74,12 @@ def test_the_temperatures_are_a_function_of_the_spread_and_not_of_the_scale_of_t
     assert narrow[1] == pytest.approx(plain[1], rel=1e-3)
 
 
+def test_no_temperature_is_chosen_for_texts_that_are_all_the_same():
+    bank, items = unit_rows(60, seed=2), unit_rows(80, seed=3)
+    with pytest.raises(ValueError, match="Expected texts that items tell apart, got cosines of the spreads"):
+        choose_temperatures(bank, items, bank[:1].expand(60, -1), items)
+
+
 def test_the_temperatures_that_are_chosen_match_items_of_the_same_hidden_thing():
     """Two views of hidden vectors: the items of either side are others, and the texts tell what is alike."""
     generator = torch.Generator().manual_seed(0)

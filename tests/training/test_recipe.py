@@ -71,6 +71,9 @@ def test_the_recipes_of_the_paper_and_of_the_demonstrations_train_its_objective(
 def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
     recipe = load_recipe(write(tmp_path, MINIMAL + "connector: {projection_dim: 64, leaf_temperature: 5e-2}\n"))
     assert recipe.connector == {"projection_dim": 64, "leaf_temperature": 0.05}
+    temperatures = "connector: {posterior_temperatures: {clip: 5e-2, clap: 1}}\n"
+    recipe = load_recipe(write(tmp_path, MINIMAL + temperatures))
+    assert recipe.connector == {"posterior_temperatures": {"clip": 0.05, "clap": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,10 @@ def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
         ("connector: {projection_dm: 3}", "unknown key 'projection_dm' in connector. Did you mean 'projection_dim'?"),
         ("connector: {clip_config: {}}", "unknown key 'clip_config' in connector"),
         ("connector: {projection_dim: wide}", "expected connector.projection_dim to be of type int, got 'wide'"),
+        (
+            "connector: {posterior_temperatures: {clip: cold}}",
+            "expected connector.posterior_temperatures.clip to be of type float, got 'cold'",
+        ),
         ("world: {pictures: 3}", "unknown key 'pictures' in world"),
         ("train: {epochs: many}", "expected train.epochs to be of type int, got 'many'"),
         ("train: {epochs: true}", "expected train.epochs to be of type int, got True"),
@@ -298,7 +305,11 @@ def test_bridges_of_three_spaces_may_go_through_texts_alone(tmp_path):
             MINIMAL + C_MCR + "pools: [text, point_cloud]\n",
             "pools name 'point_cloud', expected some of text, image, audio",
         ),
-        (MINIMAL + "pools: []\n", "pools are [], expected one at least of text, image, audio for clip and clap"),
+        (MINIMAL + "pools: []\n", "pools are [], expected none for bridge-distillation"),
+        (
+            MINIMAL + C_MCR + "pools: []\n",
+            "pools are [], expected one at least of text, image, audio for clip and clap",
+        ),
         (THREE + "evaluate: {image: {folder: a, label: parent}}\n", "evaluate: expected audio or point_cloud"),
     ],
 )

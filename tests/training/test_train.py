@@ -176,6 +176,33 @@ def test_fewer_rows_than_a_batch_are_an_error(tmp_path):
         train_connector(small_config(), aligned_embeds(8), arguments(tmp_path))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("objective", ["c-mcr", "ex-mcr", "bridge-distillation"])
+def test_a_row_that_is_not_finite_is_named_before_any_training(tmp_path, monkeypatch, objective, value):
+    monkeypatch.setattr("cmcr_hf.training.train.FINITE_ROWS", 4)
+    spaces = {"clip": {"input_dim": 6}, "clap": {"input_dim": 4}}
+    embeds = {name: rows.half() for name, rows in aligned_embeds(48).items()}
+    embeds["clap_audio"][5, 2] = value
+    with pytest.raises(ValueError, match=r"^clap_audio row 5 is not finite\."):
+        train_connector(CMCRConfig(objective=objective, projectors=spaces), embeds, arguments(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"^clap_audio row 5 of pool 1 is not finite\."):
+        train_connector(small_config(), [aligned_embeds(48), embeds], arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_large_finite_rows_of_half_precision_are_taken(tmp_path):
+    embeds = {name: torch.full((48, dim), 6e4).half() for name, dim in NAMES.items()}
+    train_connector(small_config(), embeds, arguments(tmp_path, max_steps=1, save_strategy="no"), log_lines=False)
+
+
+@pytest.mark.parametrize("objective", ["c-mcr", "ex-mcr", "bridge-distillation"])
+def test_projectors_that_are_all_the_identity_are_refused_for_training(tmp_path, objective):
+    spaces = {space: {"input_dim": 6, "layout": "identity"} for space in ("clip", "clap")}
+    config = CMCRConfig(objective=objective, projectors=spaces, projection_dim=6)
+    with pytest.raises(ValueError, match=r"All projectors of clip and clap are the identity, .* nothing to train"):
+        train_connector(config, {name: torch.randn(48, 6) for name in NAMES}, arguments(tmp_path))
+
+
 def numbered(first, rows):
     """Embeddings whose first coordinate is the row's number among all pools."""
     return {name: torch.arange(first, first + rows)[:, None].float().expand(-1, dim) for name, dim in NAMES.items()}
@@ -419,7 +446,7 @@ def test_a_store_of_another_width_than_the_configuration_is_an_error(tmp_path):
     stores = save_stores(tmp_path, aligned_embeds(64))
     CMCRConfig(projectors={"clip": {"input_dim": 5}, "clap": {"input_dim": 4}}).save_pretrained(tmp_path / "config")
     with pytest.raises(ValueError, match="clip_text holds rows of width 6, expected 5 for clip"):
-        run_main(tmp_path / "out", stores, "--connector_config", str(tmp_path / "config"))
+        run_main(tmp_path / "out", stores, "--connector_config", str(tmp_path / "config"), projection_dim=None)
 
 
 def test_the_connector_records_sources_on_the_hub(tmp_path):
