@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,4 +172,7 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
         columns = None if arguments.column is None else [arguments.column]
         options = {"column": columns, "label": arguments.label, "limit": limit, **given}
         spec = data_entry(arguments.data, arguments.modality, **options)
-    return label_items(Path(arguments.data).name, Items([spec], arguments.modality, Path()), words)
+    items = Items([spec], arguments.modality, Path())
+    # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
+    every = None if spec.dataset is not None else Items([replace(spec, limit=None)], arguments.modality, Path())
+    return label_items(Path(arguments.data).name, items, words, every=every)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,10 @@ from ..cli_options import add_embedding_options, not_negative, positive, tuned, 
 if TYPE_CHECKING:
     from .embedding import EvaluatedModel
     from .result import EvaluationResult
+
+
+# Fewer have no 95 % between them, more only take time.
+RESAMPLES = (20, 100_000)
 
 
 def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,10 +54,11 @@ def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
     )
     parser.add_argument(
         "--bootstrap",
-        type=not_negative,
+        type=_resamples,
         default=1000,
         metavar="N",
-        help="resamples of the 95 %% intervals, 0 for none (default: %(default)s)",
+        help=f"resamples of the 95 %% intervals, {RESAMPLES[0]} to {RESAMPLES[1]:,}, or 0 for none (default: "
+        "%(default)s)",
     )
     parser.add_argument("--seed", type=not_negative, default=0, help="of the resamples (default: %(default)s)")
     parser.add_argument("--limit", type=positive, help="take so many items at most, from the start")
@@ -70,6 +77,7 @@ def evaluated_model(arguments: argparse.Namespace, *modalities: str) -> Iterator
     from .embedding import EvaluatedModel
 
     check_writable(arguments.output)
+    _check_ours(arguments.output)
     device = usable_device(arguments.device)
     with locked(arguments.output), tuned(device, quiet=True):
         yield EvaluatedModel(
@@ -96,8 +104,57 @@ def run_settings(arguments: argparse.Namespace, resampled: str, **more: Any) -> 
     )
 
 
+def _resamples(value: str) -> int:
+    number = not_negative(value)
+    if number and not RESAMPLES[0] <= number <= RESAMPLES[1]:
+        raise argparse.ArgumentTypeError(f"{number} is neither 0 nor {RESAMPLES[0]} to {RESAMPLES[1]}")
+    return number
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder whose result or page somebody else wrote, before any work."""
+    from ..pages.page import is_ours
+    from .result import PAGE, RESULT
+
+    result, page = folder / RESULT, folder / PAGE
+    theirs = None
+    if page.exists() and not is_ours(page):
+        theirs = page
+    if result.exists():
+        try:
+            document = json.loads(result.read_text(encoding="utf-8"))
+            ours = isinstance(document, dict) and {"task", "model", "settings"} <= document.keys()
+        except (OSError, ValueError):
+            ours = False
+        theirs = theirs if ours else result
+    if theirs is not None:
+        raise ValueError(f"{theirs} was not written by an evaluation and would be lost. Name another --output.")
+
+
+def _partly(arguments: argparse.Namespace, result: EvaluationResult) -> list[str]:
+    """Return what a reader has to know of data that is not whole."""
+    from .result import CHANCE
+
+    notes = []
+    words = {"missing": "without their files", "empty": "with empty cells"}
+    counts = {word: result.data.get(name) or 0 for name, word in words.items()}
+    left = [f"{count:,} {word}" for word, count in counts.items() if isinstance(count, int) and count]
+    if left:
+        notes.append(f"Rows are left out: {' and '.join(left)}.")
+    if (left or arguments.limit) and result.published:
+        notes.append("Published numbers are of the whole data set, so none stand here.")
+    values = [value for group in result.metrics.get(CHANCE, {}).values() for value in group.values()]
+    if values and min(values) >= 1:
+        notes.append("Chance is 1: what is left has one answer, so these numbers say nothing.")
+    return notes
+
+
 def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:
     """Print a result and write it into the output folder."""
+    notes = _partly(arguments, result)
+    if notes:
+        whole = not any("Published" in note for note in notes)
+        result = replace(result, notes=[*result.notes, *notes], published=result.published if whole else ())
     result.write(arguments.output)
     print(result.format())
     print(f"\n{arguments.output / 'result.json'} and {arguments.output / 'report.html'} are written.")

@@ -92,7 +92,8 @@ def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int |
         raise ValueError(f"Expected ESC-50 in the folder {str(folder)!r}. It has to hold {ESC50}.")
     where = None if folds is None else {"fold": [str(fold) for fold in folds]}
     spec = DataSpec(table=str(table), column="filename", files="audio", label="category", where=where, limit=limit)
-    return label_items("ESC-50", Items([spec], "audio", folder), licence="CC BY-NC 3.0")
+    every = Items([replace(spec, limit=None)], "audio", folder)
+    return label_items("ESC-50", Items([spec], "audio", folder), every=every, licence="CC BY-NC 3.0")
 
 
 def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
@@ -177,8 +178,10 @@ def load_imagenet(folder: Path, words: Words | None = None, *, limit: int | None
     remedy = f"{str(folder)!r} has to hold {IMAGENET}."
     if words is None or not folder.is_dir():
         raise ValueError(f"Expected ImageNet. {remedy}")
-    items = Items([DataSpec(folder=str(folder), label="parent", limit=limit)], "image", Path())
-    return label_items("ImageNet", items, words, remedy=remedy, licence="research only")
+    every, items = (
+        Items([DataSpec(folder=str(folder), label="parent", limit=n)], "image", Path()) for n in (None, limit)
+    )
+    return label_items("ImageNet", items, words, every=every, remedy=remedy, licence="research only")
 
 
 def _mapping_paths(folder: Path) -> list[Path]:
@@ -190,6 +193,7 @@ def label_items(
     items: Items,
     words: Words | None = None,
     *,
+    every: Items | None = None,
     remedy: str = "Add it to --names.",
     licence: str | None = None,
 ) -> LabelledSet:
@@ -197,6 +201,8 @@ def label_items(
 
     Args:
         words: of every class; by default its name, with spaces for underscores.
+        every: the items that the classes are of, where `items` are some of them: fewer items are told apart from no
+            fewer classes.
         remedy: where a class has no words.
 
     Raises:
@@ -207,7 +213,7 @@ def label_items(
         if item.label is None:
             raise ValueError(f"The item {item.key!r} has no class. Fill it in, or leave the item out.")
         found.append(item.label)
-    classes = sorted(set(found))
+    classes = sorted(set(found).union(item.label for item in every or () if item.label is not None))
     if words is None:
         words = {label: [label.replace("_", " ")] for label in classes}
     elif isinstance(words, list):

@@ -54,6 +54,10 @@ _EXTENDED = (
 )
 
 
+# Borders of a box may lie a little outside of the picture, in parts of it; pixels lie far outside.
+FARTHEST = 2.0
+
+
 @dataclass(frozen=True)
 class SoundingPicture:
     """A picture, a sound, and the boxes of what in the picture sounds: none where nothing does.
@@ -234,7 +238,8 @@ def _entry(entry: dict[str, Any], boxes: Any, box: Callable[[Sequence[float]], B
     name = entry.get("file")
     if not isinstance(name, str) or not isinstance(boxes, list):
         raise ValueError(f"{remedy}. Got the entry {str(entry)[:120]}.")
-    return name, tuple(box(_four_numbers(numbers, name, remedy)) for numbers in boxes), entry.get("class"), name
+    found = tuple(_checked(box(_four_numbers(numbers, name, remedy)), numbers, name, remedy) for numbers in boxes)
+    return name, found, entry.get("class"), name
 
 
 def _as_dict(entry: Any, remedy: str) -> dict[str, Any]:
@@ -251,6 +256,17 @@ def _four_numbers(numbers: Any, name: str, remedy: str) -> list[float]:
     if len(values) != 4 or not all(map(math.isfinite, values)):
         raise ValueError(f"{remedy}. Of {name!r}, a box is {str(numbers)[:80]}.")
     return values
+
+
+def _checked(box: Box, numbers: Any, name: str, remedy: str) -> Box:
+    """Refuse a box in pixels, which would be far outside of every picture, and one of swapped corners."""
+    left, top, right, bottom = box
+    if max(map(abs, box)) > FARTHEST or right < left or bottom < top:
+        raise ValueError(
+            f"{remedy}. Of {name!r}, a box is {str(numbers)[:80]}, expected parts of the picture from 0 to 1, the "
+            "left and the upper border before the others."
+        )
+    return box
 
 
 def _corners(numbers: Sequence[float]) -> Box:

@@ -148,7 +148,11 @@ class _Rows:
 
     def add(self, first: Sequence[Any], second: Sequence[Any], labels: Iterable[Any] = ()) -> None:
         """Add a row: what is in its cells of either side belongs together; an empty cell is none."""
-        cells = [[str(cell) for cell in side if cell is not None and str(cell).strip()] for side in (first, second)]
+        # NaN, which is not itself, is how pandas writes an empty cell.
+        cells = [
+            [str(cell) for cell in side if cell is not None and cell == cell and str(cell).strip()]
+            for side in (first, second)
+        ]
         if not all(cells):
             self.empty += 1
             return

@@ -113,8 +113,11 @@ def write_page(path: Path, html: str) -> None:
 
 def remove_page(path: Path) -> None:
     """Remove a page that a former run wrote; a file of somebody else stays."""
-    if path.is_file():
-        with path.open("rb") as file:
-            ours = f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(1024)
-        if ours:
-            path.unlink()
+    if path.is_file() and is_ours(path):
+        path.unlink()
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a file is a page that a run wrote."""
+    with path.open("rb") as file:
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(1024)
