@@ -185,6 +185,7 @@ def _finish(
         settings["detector"] = localizer.detector
         notes += [GRID_NOTE] if localizer.detector is None else []
     notes += [NOTES[layout]] if layout in NOTES else []
+    notes.append("In the pictures, the boxes of the data set are green, and that of the answer is red.")
     # Those of others are of all pairs.
     published = [Published(*PUBLISHED[layout])] if layout in PUBLISHED and arguments.limit is None else []
     best, worst = _cases(localizer, data, measured)
