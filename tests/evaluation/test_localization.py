@@ -205,7 +205,8 @@ def test_the_threshold_of_a_dense_map_changes_what_is_located(tmp_path: Path, ti
     scores = [[case["score"] for case in found[name]["best"]] for name in found]
     assert scores[0] != scores[1]
     assert "Half of every picture" in found["half"]["notes"][0]
-    assert not found["middle"]["notes"]
+    assert found["middle"]["notes"] == found["half"]["notes"][1:]
+    assert "the boxes of the data set are green" in found["middle"]["notes"][0]
 
 
 def test_a_limit_takes_as_many_silent_pairs_and_no_resamples_give_no_intervals(
