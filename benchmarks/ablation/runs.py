@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +26,8 @@ from cmcr_hf.modeling.configuration_cmcr import LEAF_MODALITIES
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector
 from cmcr_hf.output import write_json
 from cmcr_hf.training.aggregate import aggregate
+from cmcr_hf.training.pools import pool_stores
+from cmcr_hf.training.recipe import Bridge
 from cmcr_hf.training.train import ConnectorTrainingArguments, train_connector
 
 from .variants import EDITS, Variant
@@ -250,19 +252,11 @@ def _centred_on(
     modality: str, native: Sequence[torch.Tensor], study: Study, temperature: float
 ) -> dict[str, torch.Tensor]:
     """Return the four embeddings of every item of a modality, of which it has one or two and the others are pseudo."""
-    if modality == study.overlap:
-        overlaps = list(native)
-        leaves = [_pseudo(part, memory, temperature) for part, memory in zip(native, study.memories, strict=True)]
-    else:
-        own = study.leaves.index(modality)
-        items = study.memories[own]
-        # The same weights in both spaces, where the overlap items are the same row by row.
-        overlaps = [
-            aggregate(items, native[own], values=part, temperature=temperature, normalize=True) for part in native
-        ]
-        leaves = [_pseudo(part, memory, temperature) for part, memory in zip(overlaps, study.memories, strict=True)]
-        leaves[own] = items
-    return dict(zip(_names(study), [*overlaps, *leaves], strict=True))
+    rows = {(space, study.overlap): part for space, part in zip(study.spaces, native, strict=True)}
+    rows |= dict(zip(zip(study.spaces, study.leaves, strict=True), study.memories, strict=True))
+    aggregated = partial(_pseudo, temperature)
+    parts = pool_stores(Bridge(study.spaces[1], study.overlap, ()), modality, rows, aggregated)
+    return dict(zip(_names(study), parts, strict=True))
 
 
 def _names(study: Study) -> list[str]:
@@ -271,7 +265,10 @@ def _names(study: Study) -> list[str]:
     return names + [f"{space}_{leaf}" for space, leaf in zip(study.spaces, study.leaves, strict=True)]
 
 
-def _pseudo(queries: torch.Tensor, memory: torch.Tensor, temperature: float) -> torch.Tensor:
+def _pseudo(
+    temperature: float, queries: torch.Tensor, memory: torch.Tensor, values: torch.Tensor | None
+) -> torch.Tensor:
     if temperature:
-        return aggregate(queries, memory, temperature=temperature, normalize=True)
-    return memory[torch.cat([(part @ memory.T).argmax(dim=1) for part in queries.split(1024)])]
+        return aggregate(queries, memory, values=values, temperature=temperature, normalize=True)
+    nearest = torch.cat([(part @ memory.T).argmax(dim=1) for part in queries.split(1024)])
+    return (memory if values is None else values)[nearest]

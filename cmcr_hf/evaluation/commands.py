@@ -131,8 +131,8 @@ def _check_ours(folder: Path) -> None:
         raise ValueError(f"{theirs} was not written by an evaluation and would be lost. Name another --output.")
 
 
-def _partly(arguments: argparse.Namespace, result: EvaluationResult) -> list[str]:
-    """Return what a reader has to know of data that is not whole."""
+def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> EvaluationResult:
+    """Return a result that says where its data is not whole, and has then nothing published beside it."""
     from .result import CHANCE
 
     notes = []
@@ -141,20 +141,18 @@ def _partly(arguments: argparse.Namespace, result: EvaluationResult) -> list[str
     left = [f"{count:,} {word}" for word, count in counts.items() if isinstance(count, int) and count]
     if left:
         notes.append(f"Rows are left out: {' and '.join(left)}.")
-    if (left or arguments.limit) and result.published:
+    part = bool(left or arguments.limit)
+    if part and result.published:
         notes.append("Published numbers are of the whole data set, so none stand here.")
     values = [value for group in result.metrics.get(CHANCE, {}).values() for value in group.values()]
     if values and min(values) >= 1:
         notes.append("Chance is 1: what is left has one answer, so these numbers say nothing.")
-    return notes
+    return replace(result, notes=[*result.notes, *notes], published=() if part else result.published)
 
 
 def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:
     """Print a result and write it into the output folder."""
-    notes = _partly(arguments, result)
-    if notes:
-        whole = not any("Published" in note for note in notes)
-        result = replace(result, notes=[*result.notes, *notes], published=result.published if whole else ())
+    result = _told_of_parts(arguments, result)
     result.write(arguments.output)
     print(result.format())
     print(f"\n{arguments.output / 'result.json'} and {arguments.output / 'report.html'} are written.")

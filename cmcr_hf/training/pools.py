@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from .recipe import Bridge
-from .store import EmbeddingStore
 
-# Of queries, memory and values, as `aggregate_stores` takes them, and gives: rows of unit length.
-Aggregated = Callable[[EmbeddingStore, EmbeddingStore, EmbeddingStore | None], EmbeddingStore]
+# Embeddings in whatever form they are kept: stores, or tensors.
+Rows = TypeVar("Rows")
 
 
 def pool_stores(
-    bridge: Bridge, pool: str, native: Mapping[tuple[str, str], EmbeddingStore], aggregated: Aggregated
-) -> list[EmbeddingStore]:
+    bridge: Bridge,
+    pool: str,
+    native: Mapping[tuple[str, str], Rows],
+    aggregated: Callable[[Rows, Rows, Rows | None], Rows],
+) -> list[Rows]:
     """Return four stores, a row an item of the pool's modality: the overlap in both spaces, then both leaves.
 
     Centred on the overlap, the leaves are pseudo embeddings (equation 1 of C-MCR). Centred on a leaf, a say, the items
@@ -27,7 +30,8 @@ def pool_stores(
 
     Args:
         native: the stores of the data, by space and modality.
-        aggregated: makes or finds the store of pseudo embeddings of queries over a memory, averaging its values.
+        aggregated: makes or finds the store of pseudo embeddings of queries over a memory, averaging its values where
+            they are not None, of rows of unit length.
     """
     clip, other = bridge.spaces
     overlap, leaves = bridge.overlap, bridge.leaves
