@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
-from .posteriors import Posteriors, choose_temperatures, matches, posteriors
+from .posterior_files import stored_posteriors
+from .posteriors import Posteriors, choose_temperatures, matches
 
 # Rounding moves the coordinates of a text that is embedded again by less.
 SAME = 1e-6
@@ -57,45 +59,75 @@ class UnpairedDataset(Dataset[dict[str, Any]]):
         return {"embeds": embeds, "matches": matches(*told)}
 
 
+def check_unpaired(config: CMCRConfig, embeds: dict[str, Tensor]) -> int:
+    """Check the embeddings that [`unpaired_data`] takes; return the rows of its data set.
+
+    Raises:
+        ValueError: an embedding is missing, or the overlap has other rows in one space than in the other, or one row
+            again and again.
+    """
+    names, leaves = _names(config)
+    missing = [name for name in (*names, *leaves) if name not in embeds]
+    if missing:
+        raise ValueError(f"bridge-distillation needs the embeddings {missing}, got {list(embeds)}.")
+    banks, overlap = [embeds[name] for name in names], names[0].split("_", 1)[1]
+    if len(banks[0]) != len(banks[1]) or len(banks[0]) < 4:
+        raise ValueError(
+            f"Expected the same {overlap} items in both spaces, at least 4 of them, got {len(banks[0])} and "
+            f"{len(banks[1])}. Embed one list in both."
+        )
+    for name, bank in zip(names, banks, strict=True):
+        if (bank.amax(dim=0) - bank.amin(dim=0)).max() < SAME:
+            raise ValueError(
+                f"All {len(bank)} rows of {name} are the same, expected a bank of {overlap} items that differ: they "
+                "are to tell which items match. Embed others."
+            )
+    return max(len(embeds[name]) for name in leaves)
+
+
 def unpaired_data(
-    config: CMCRConfig, embeds: dict[str, Tensor], device: torch.device | str = "cpu"
+    config: CMCRConfig,
+    embeds: dict[str, Tensor],
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    progress: bool = True,
 ) -> UnpairedDataset:
     """Compute the posteriors of both memories, at temperatures that are chosen where the configuration has none.
 
     Args:
         config: takes the temperatures that are chosen.
         embeds: `{"{space}_{modality}": (rows, dim)}`: the overlap modality in both spaces, row by row, and both
-            memories, unpaired.
+            memories, unpaired, as [`check_unpaired`] wants them.
+        folder: keeps the posteriors, which a run that goes on finds there (see [`stored_posteriors`]).
         device: to compute on; the result is on the CPU.
-
-    Raises:
-        ValueError: an embedding is missing, or the overlap has other rows in one space than in the other, or one row
-            again and again.
+        progress: show a bar.
     """
-    space_a, space_b, overlap = (config.bridges or [])[0]
-    spaces = (space_a, space_b)
-    leaves = [f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in spaces]
-    missing = [name for name in (f"{space_a}_{overlap}", f"{space_b}_{overlap}", *leaves) if name not in embeds]
-    if missing:
-        raise ValueError(f"bridge-distillation needs the embeddings {missing}, got {list(embeds)}.")
-    banks = [embeds[f"{space}_{overlap}"].to(device) for space in spaces]
-    if len(banks[0]) != len(banks[1]) or len(banks[0]) < 4:
-        raise ValueError(
-            f"Expected the same {overlap} items in both spaces, at least 4 of them, got {len(banks[0])} and "
-            f"{len(banks[1])}. Embed one list in both."
-        )
-    for space, bank in zip(spaces, banks, strict=True):
-        if (bank.amax(dim=0) - bank.amin(dim=0)).max() < SAME:
-            raise ValueError(
-                f"All {len(bank)} rows of {space}_{overlap} are the same, expected a bank of {overlap} items that "
-                "differ: they are to tell which items match. Embed others."
-            )
+    names, leaves = _names(config)
+    spaces = (config.bridges or [])[0][:2]
+    banks = [embeds[name].to(device) for name in names]
     memories = [embeds[name].to(device) for name in leaves]
     if config.posterior_temperatures is None:
         chosen = choose_temperatures(banks[0], memories[0], banks[1], memories[1])
         config.posterior_temperatures = dict(zip(spaces, chosen, strict=True))
     told = [
-        posteriors(memory, bank, temperature=config.posterior_temperatures[space], top=config.posterior_top).to("cpu")
-        for space, memory, bank in zip(spaces, memories, banks, strict=True)
+        stored_posteriors(
+            folder / name,
+            memory,
+            bank,
+            temperature=config.posterior_temperatures[space],
+            top=config.posterior_top,
+            progress=progress,
+        )
+        for space, name, memory, bank in zip(spaces, leaves, memories, banks, strict=True)
     ]
     return UnpairedDataset({name: embeds[name] for name in leaves}, told)
+
+
+def _names(config: CMCRConfig) -> tuple[list[str], list[str]]:
+    """Return the names of the embeddings of the bank and of the memories, of either space."""
+    space_a, space_b, overlap = (config.bridges or [])[0]
+    spaces = (space_a, space_b)
+    return [f"{space}_{overlap}" for space in spaces], [
+        f"{space}_{LEAF_MODALITIES[space, overlap]}" for space in spaces
+    ]

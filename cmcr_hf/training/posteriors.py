@@ -83,12 +83,17 @@ def posteriors(items: Tensor, bank: Tensor, *, temperature: float, top: int = TO
     texts = torch.empty(len(items), top, dtype=torch.int32, device=items.device)
     weights = torch.empty(len(items), top, device=items.device)
     for rows in _parts(len(items), BLOCKS[0]):
-        texts[rows], weights[rows] = _top_weights(items[rows], bank, temperature, top)
-    rest = (1 - weights.sum(dim=1)).clamp_min(0) / max(len(bank) - top, 1)
-    return Posteriors(texts, weights, rest, len(bank))
+        texts[rows], weights[rows] = top_weights(items[rows], bank, temperature, top)
+    return Posteriors(texts, weights, rest_of(weights, len(bank)), len(bank))
 
 
-def _top_weights(items: Tensor, bank: Tensor, temperature: float, top: int) -> tuple[Tensor, Tensor]:
+def rest_of(weights: Tensor, bank: int) -> Tensor:
+    """Return the weight of every text that is not among those of `(items, top)` weights: `(items,)`."""
+    return (1 - weights.sum(dim=1)).clamp_min(0) / max(bank - weights.shape[1], 1)
+
+
+def top_weights(items: Tensor, bank: Tensor, temperature: float, top: int) -> tuple[Tensor, Tensor]:
+    """Return the texts of the largest weights of some items and these, `(items, top)` both, largest first."""
     queries = normalize(items.float(), dim=1) / temperature
     total = queries.new_full((len(items),), -torch.inf)
     best, texts = queries.new_empty(len(items), 0), torch.empty(len(items), 0, dtype=torch.int64, device=items.device)

@@ -34,6 +34,8 @@ WORLD_COUNTS: dict[tuple[str, ...], tuple[str, ...]] = {
         *("test_images", "test_sounds", "test_clouds", "test_texts"),
     ),
 }
+# tau_1 of the paper.
+AGGREGATE_TEMPERATURE = 0.01
 # What a space is connected with CLIP through, where a recipe does not say.
 OVERLAPS = {"clap": "text", "ulip": "image"}
 MODALITIES = ("text", "image", "audio", "point_cloud")
@@ -233,7 +235,7 @@ class Recipe:
         pools: the modalities that the training data is centred on: every item of one is a training row, which gets
             pseudo embeddings of the other three kinds. The overlap alone by default; under `ex-mcr` all, as its paper;
             `bridge-distillation` has none, since it trains on the items of the memories themselves.
-        aggregate_temperature: tau_1 of equation 1.
+        aggregate_temperature: tau_1 of equation 1, of pseudo embeddings; `bridge-distillation` makes none.
         world: counts of the synthetic world that is written for this recipe.
         licence: of the projectors that come of it, one of the Hub's identifiers such as `apache-2.0`.
     """
@@ -247,7 +249,7 @@ class Recipe:
     description: str = ""
     connector: dict[str, Any] = field(default_factory=dict)
     pools: list[str] | None = None
-    aggregate_temperature: float = 0.01
+    aggregate_temperature: float = AGGREGATE_TEMPERATURE
     train: TrainSpec = field(default_factory=TrainSpec)
     evaluate: EvaluateSpec | None = None
     world: dict[str, int] | None = None
@@ -280,6 +282,11 @@ class Recipe:
             raise ValueError(
                 f"expected the objective ex-mcr for three spaces, got {self.objective}, which would train one CLIP "
                 "projector for both connections. Set connector.objective, or connect CLIP with each space by itself."
+            )
+        if self.objective == "bridge-distillation" and self.aggregate_temperature != AGGREGATE_TEMPERATURE:
+            raise ValueError(
+                f"aggregate_temperature is {self.aggregate_temperature}, expected none for bridge-distillation, which "
+                "aggregates nothing. Set connector.posterior_temperatures, or remove it."
             )
         for name, objectives in OBJECTIVES_OF.items():
             if name in self.connector and self.objective not in objectives:

@@ -62,13 +62,15 @@ from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
-from .distillation import UnpairedDataset, unpaired_data
+from .distillation import check_unpaired, unpaired_data
 from .distributed import join_ranks, one_batch_of_all_ranks
 from .recipe import OBJECTIVES_OF
 from .store import EmbeddingStore, check_same_keys
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
 MAX_METRIC_ROWS = 5000
+# Folder of what bridge distillation computes before it trains, until it has trained.
+POSTERIORS = "posteriors"
 # So many rows are summed at a time, in float32, whatever their dtype.
 FINITE_ROWS = 65536
 
@@ -293,13 +295,15 @@ def train_connector(
             "layout: there is nothing to train."
         )
     _check_finite([embeds] if isinstance(embeds, dict) else embeds)
-    training: Any
+    training: Any = None
     held_out: Any = None
     if config.objective == "bridge-distillation":
-        training = _unpaired(config, embeds, args, validation_rows)
+        # Their matches are hours of work with large memories: what is wrong is told before.
+        unpaired = _unpaired(embeds, args, validation_rows)
+        rows = check_unpaired(config, unpaired)
     else:
         training = ConnectionDataset(embeds)
-    rows = len(training)
+        rows = len(training)
     if not 0 <= validation_rows < rows:
         raise ValueError(f"validation_rows is {validation_rows}, expected 0 or more and fewer than the {rows} rows.")
     if args.n_gpu > 1:
@@ -317,14 +321,17 @@ def train_connector(
             f"The batch size is {batch_size}, expected at least 2: BatchNorm and InfoNCE "
             "compare the rows of a batch. Raise per_device_train_batch_size (train.batch_size in a recipe)."
         )
+    if rows - validation_rows < batch_size:
+        raise ValueError(
+            f"Expected at least one batch of {batch_size} training rows, got {rows - validation_rows}. Use more "
+            "items or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
+        )
+    posteriors = Path(str(args.output_dir)) / POSTERIORS
+    if training is None:
+        training = unpaired_data(config, unpaired, posteriors, args.device, progress=not args.disable_tqdm)
     if validation_rows:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
         training, held_out = training.select(order[validation_rows:]), training.select(order[:validation_rows])
-    if len(training) < batch_size:
-        raise ValueError(
-            f"Expected at least one batch of {batch_size} training rows, got {len(training)}. Use more "
-            "items or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
-        )
     if held_out is not None:
         # Equal batches, since the last of unequal ones would be dropped.
         if len(held_out) < args.world_size:
@@ -363,6 +370,8 @@ def train_connector(
         trainer.train(resume_from_checkpoint=checkpoint)
         if held_out is not None:
             trainer.evaluate()
+    # Of use to a run that goes on alone.
+    shutil.rmtree(posteriors, ignore_errors=True)
     return connector.cpu().eval(), trainer.state.log_history
 
 
@@ -378,9 +387,7 @@ def _check_finite(pools: Sequence[Embeds]) -> None:
                     raise ValueError(f"{name} row {start + row}{place} is not finite. Embed it anew, or leave it out.")
 
 
-def _unpaired(
-    config: CMCRConfig, embeds: Embeds | Sequence[Embeds], args: TrainingArguments, validation_rows: int
-) -> UnpairedDataset:
+def _unpaired(embeds: Embeds | Sequence[Embeds], args: TrainingArguments, validation_rows: int) -> Embeds:
     pools = [embeds] if isinstance(embeds, dict) else list(embeds)
     if len(pools) != 1:
         raise ValueError(f"bridge-distillation takes one bank and two memories, got {len(pools)} pools. Join them.")
@@ -394,7 +401,7 @@ def _unpaired(
             f"bridge-distillation trains in one process, got {args.world_size}: the matches of a batch are those of "
             "all of its rows. Start one process; its projectors are small."
         )
-    return unpaired_data(config, pools[0], args.device)
+    return pools[0]
 
 
 def fit_on_device(nbytes: int, args: TrainingArguments) -> bool:

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
 from cmcr_hf import CMCRConfig, CMCRConnector
-from cmcr_hf.training.distillation import UnpairedDataset, unpaired_data
-from cmcr_hf.training.posteriors import choose_temperatures, matches, posteriors
+from cmcr_hf.training import posterior_files
+from cmcr_hf.training.distillation import UnpairedDataset, check_unpaired, unpaired_data
+from cmcr_hf.training.posteriors import choose_temperatures, matches, posteriors, top_weights
 from cmcr_hf.training.store import EmbeddingStore
 from cmcr_hf.training.train import ConnectorTrainingArguments, main, train_connector
 
@@ -36,10 +37,10 @@ def arguments(folder, **changes):
     return ConnectorTrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
-def test_a_batch_holds_items_of_both_memories_and_their_matches_through_the_bank():
+def test_a_batch_holds_items_of_both_memories_and_their_matches_through_the_bank(tmp_path):
     embeds = unpaired_embeds()
     config = small_config(posterior_temperatures={"clip": 0.1, "clap": 0.2})
-    data = unpaired_data(config, embeds)
+    data = unpaired_data(config, embeds, tmp_path, progress=False)
     assert len(data) == 40
     batch = data.__getitems__([39, 0, 24])
     assert torch.equal(batch["embeds"]["clip_image"], embeds["clip_image"][[39, 0, 24]])
@@ -61,17 +62,17 @@ def test_an_epoch_shows_the_items_of_the_smaller_memory_equally_often():
     assert shown["clap_audio"].flatten().long().bincount().tolist() == [4] * 12
 
 
-def test_the_temperatures_that_were_chosen_stand_in_the_configuration():
+def test_the_temperatures_that_were_chosen_stand_in_the_configuration(tmp_path):
     embeds, config = unpaired_embeds(), small_config()
-    unpaired_data(config, embeds)
+    unpaired_data(config, embeds, tmp_path, progress=False)
     expected = choose_temperatures(*(embeds[name] for name in ("clip_text", "clip_image", "clap_text", "clap_audio")))
     assert config.posterior_temperatures == dict(zip(("clip", "clap"), expected, strict=True))
     config.posterior_temperatures = {"clip": 0.3, "clap": 0.4}
-    unpaired_data(config, embeds)
+    unpaired_data(config, embeds, tmp_path, progress=False)
     assert config.posterior_temperatures == {"clip": 0.3, "clap": 0.4}
 
 
-def test_images_are_the_bank_between_texts_and_point_clouds():
+def test_images_are_the_bank_between_texts_and_point_clouds(tmp_path):
     embeds = unpaired_embeds()
     names = {
         "clip_image": embeds["clip_text"],
@@ -82,7 +83,7 @@ def test_images_are_the_bank_between_texts_and_point_clouds():
     config = CMCRConfig(
         objective="bridge-distillation", projectors={"clip": {"input_dim": 8}, "ulip": {"input_dim": 6}}
     )
-    data = unpaired_data(config, names)
+    data = unpaired_data(config, names, tmp_path, progress=False)
     assert list(data.items) == ["clip_text", "ulip_point_cloud"]
     temperatures = config.posterior_temperatures
     told = [
@@ -118,9 +119,9 @@ def test_the_same_seed_trains_the_same_weights_and_a_run_that_goes_on_ends_with_
 def test_what_cannot_train_is_refused_with_what_to_do(tmp_path):
     embeds = unpaired_embeds()
     with pytest.raises(ValueError, match=r"needs the embeddings \['clap_audio'\]"):
-        unpaired_data(small_config(), unpaired_embeds(("clip_text", "clap_text", "clip_image")))
+        check_unpaired(small_config(), unpaired_embeds(("clip_text", "clap_text", "clip_image")))
     with pytest.raises(ValueError, match="the same text items in both spaces, at least 4 of them, got 60 and 59"):
-        unpaired_data(small_config(), {**embeds, "clap_text": embeds["clap_text"][1:]})
+        check_unpaired(small_config(), {**embeds, "clap_text": embeds["clap_text"][1:]})
     with pytest.raises(ValueError, match="no item of a memory has a partner"):
         train_connector(small_config(), embeds, arguments(tmp_path), validation_rows=4)
     with pytest.raises(ValueError, match="takes one bank and two memories, got 2 pools"):
@@ -137,6 +138,32 @@ def test_a_bank_of_one_text_is_refused_whatever_the_temperatures(tmp_path):
         with pytest.raises(ValueError, match="All 60 rows of clip_text are the same, expected a bank of text items"):
             train_connector(small_config(**fields), {**embeds, "clip_text": constant}, arguments(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_rows_for_a_batch_are_told_before_the_posteriors_are_computed(tmp_path):
+    with pytest.raises(ValueError, match="at least one batch of 50 training rows, got 40"):
+        train_connector(small_config(), unpaired_embeds(), arguments(tmp_path, per_device_train_batch_size=50))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_on_computes_no_posteriors_anew_and_one_that_is_through_keeps_none(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(posterior_files, "top_weights", lambda *args: computed.append(1) or top_weights(*args))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cmcr_hf.training.train.Trainer.train", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
+    assert len(computed) == 2
+    assert {path.name for path in (tmp_path / "run" / "posteriors").iterdir()} == {"clip_image", "clap_audio"}
+    connector, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
+    assert len(computed) == 2
+    assert not (tmp_path / "run" / "posteriors").exists()
+    whole, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "whole"))
+    assert all(torch.equal(weights, whole.state_dict()[name]) for name, weights in connector.state_dict().items())
 
 
 def test_several_ranks_are_refused(tmp_path, monkeypatch):

@@ -48,9 +48,10 @@ def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
 
 
 def test_numbers_that_yaml_reads_as_text_become_floats(tmp_path):
-    recipe = load_recipe(
-        write(tmp_path, MINIMAL + "aggregate_temperature: 2e-2\ntrain: {learning_rate: 1e-4, weight_decay: 0}\n")
+    text = (
+        "connector: {objective: c-mcr}\naggregate_temperature: 2e-2\ntrain: {learning_rate: 1e-4, weight_decay: 0}\n"
     )
+    recipe = load_recipe(write(tmp_path, MINIMAL + text))
     assert recipe.aggregate_temperature == 0.02
     assert recipe.train.learning_rate == 1e-4
     assert isinstance(recipe.train.weight_decay, float)
@@ -101,6 +102,7 @@ def test_numbers_of_the_connector_are_read_by_their_type(tmp_path):
         ("train: {batch_size: 0}", "train: expected batch_size to be at least 1, got 0"),
         ("train: {validation_rows: -1}", "train: expected validation_rows to be 0 or more, got -1"),
         ("train: [epochs]", "expected train to be a mapping, got ['epochs']"),
+        ("aggregate_temperature: 0.1", "aggregate_temperature is 0.1, expected none for bridge-distillation, which"),
         ("aggregate_temperature: 0", "expected a positive aggregate_temperature, got 0.0"),
         ("evaluate: {image: {folder: a, label: stem}}", "evaluate: expected audio, and image, text or both"),
         ("point_cloud: [{folder: clouds}]", "got data under point_cloud, expected text, image, audio alone"),
