@@ -20,7 +20,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from .conversion.hub import model_card
+from .connection_card import NOUNS, connection_card, data_entries, data_entry, shown_name
 from .durable import locked, named_write_errors, temporary_path, verify_checksums, write_checksums
 from .evaluation.classification import class_embeds
 from .evaluation.connection import (
@@ -50,15 +50,14 @@ from .training.aggregate_stores import aggregate_stores
 from .training.data import Item, Items
 from .training.embed import embed, source_record
 from .training.manifest import SHA256
-from .training.places import HUB_ADDRESS, is_address
+from .training.places import is_address
 from .training.pools import pool_stores
-from .training.recipe import Bridge, DataSpec, Recipe, TrainSpec, load_recipe, recipe_names
+from .training.recipe import Bridge, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore, check_same_keys
 from .training.train import ConnectorTrainingArguments, Embeds, last_checkpoint, train_connector
 
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
-_NOUNS = {"text": "texts", "image": "images", "audio": "clips", "point_cloud": "point clouds"}
 
 
 @dataclass
@@ -98,11 +97,11 @@ class Connection:
         if not self.sets or spec is None:
             raise ValueError("The connection was not evaluated: give its recipe an evaluate section.")
         tests = [
-            _entry(getattr(spec, modality), f"{_NOUNS[modality]} to test with", len(self.media[modality]))
+            data_entry(getattr(spec, modality), f"{NOUNS[modality]} to test with", len(self.media[modality]))
             for modality in spec.modalities
         ]
         if spec.names is not None:
-            tests.append(_entry(spec.names, "names of the classes", None))
+            tests.append(data_entry(spec.names, "names of the classes", None))
         path = self.folder / REPORT
         histories = {}
         for bridge in self.recipe.bridges:
@@ -255,7 +254,7 @@ def connect(
                     temperature=recipe.aggregate_temperature,
                     device=device,
                 )
-                done(f"{store.rows} {_NOUNS[pool]} over {memory.rows} {_NOUNS[memory.modality]} in {store.folder}")
+                done(f"{store.rows} {NOUNS[pool]} over {memory.rows} {NOUNS[memory.modality]} in {store.folder}")
         return pseudo[name]
 
     with locked(folder), named_write_errors(folder):
@@ -308,11 +307,11 @@ def connect(
             with _stage("evaluate", report) as done:
                 table = {**baseline_metrics(sets), ROWS[recipe.objective]: connector_metrics(model.connector, sets)}
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
-                counts = [f"{len(items)} {_NOUNS[modality]}" for modality, items in media.items()]
+                counts = [f"{len(items)} {NOUNS[modality]}" for modality, items in media.items()]
                 done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
-        entries = _entries(recipe, data, given, data_root)
-        write_cards(folder, _card(recipe, model.config, entries, table, command), report)
+        entries = data_entries(recipe, data, given, data_root)
+        write_cards(folder, connection_card(recipe, model.config, entries, table, command), report)
         connection = Connection(recipe, folder, model, sets, media, table, entries, pools)
         if table is not None:
             with _stage("report", report) as done:
@@ -397,10 +396,10 @@ def _check_training(recipe: Recipe, bridge: Bridge, rows: Mapping[str, int]) -> 
             f"train.batch_size is {spec.batch_size}, expected at least 2: the loss compares the rows of a batch. "
             "Raise it in the recipe."
         )
-    total, nouns = sum(rows.values()), " and ".join(_NOUNS[name] for name in rows)
+    total, nouns = sum(rows.values()), " and ".join(NOUNS[name] for name in rows)
     if objective == "bridge-distillation":
         # An epoch is as long as the larger memory.
-        total, nouns = max(rows.values()), " or ".join(_NOUNS[name] for name in rows)
+        total, nouns = max(rows.values()), " or ".join(NOUNS[name] for name in rows)
         if spec.validation_rows:
             raise ValueError(
                 f"train.validation_rows is {spec.validation_rows}, expected 0 for bridge-distillation: no item of a "
@@ -412,12 +411,6 @@ def _check_training(recipe: Recipe, bridge: Bridge, rows: Mapping[str, int]) -> 
             f"training rows ({total} {nouns} less {spec.validation_rows} of train.validation_rows). Lower either in "
             f"the recipe, or add {nouns}."
         )
-
-
-def _shown(name: str) -> str:
-    """Return the name of a data entry without what a path tells of a machine."""
-    path = Path(name)
-    return path.name if path.is_absolute() or ".." in path.parts else name
 
 
 def _command(recipe: Recipe) -> str | None:
@@ -468,8 +461,9 @@ def _check_store(store: EmbeddingStore, identity: str, record: dict[str, str], d
     else:
         return
     raise ValueError(
-        f"The store {store.folder} was not made by the {store.space} source {_shown(identity)!r}: it has {differing}. "
-        f"Name {store.source['id']!r} at revision {store.source['revision']} as source, or make the store anew."
+        f"The store {store.folder} was not made by the {store.space} source {shown_name(identity)!r}: it has "
+        f"{differing}. Name {store.source['id']!r} at revision {store.source['revision']} as source, or make the "
+        "store anew."
     )
 
 
@@ -491,108 +485,6 @@ def _differing(there: dict[str, str], here: dict[str, str]) -> list[str]:
     elif there["config_hash"] != here["config_hash"]:
         found.append(f"config_hash {there['config_hash'][:12]} and not {here['config_hash'][:12]}")
     return found
-
-
-def _entries(
-    recipe: Recipe, data: dict[str, Items], given: dict[tuple[str, str], EmbeddingStore], data_root: Path
-) -> list[dict[str, Any]]:
-    """Describe the training data of a recipe for a reader, entry by entry, and store by store."""
-    overlaps = {bridge.overlap for bridge in recipe.bridges}
-    roles = {
-        modality: f"the {_NOUNS[modality]} that connect"
-        if modality in overlaps
-        else f"{modality.replace('_', ' ')} memory"
-        for modality in recipe.modalities
-    }
-    entries = []
-    for modality, role in roles.items():
-        specs = getattr(recipe, modality)
-        for spec in specs:
-            if spec.has_items:
-                entry = _entry(spec, role, len(data[modality]) if len(specs) == 1 else spec.limit)
-                entries.append({**entry, "dataset": _hub_data_set(spec, data_root)})
-            for space, name in (spec.stores or {}).items():
-                entry = {"name": _shown(name), "role": f"{role}, embedded by the {space.upper()} source"}
-                entry |= {"rows": given[space, modality].rows, "licence": spec.licence}
-                entries.append({**entry, "dataset": _data_set_of(name)})
-    return entries
-
-
-def _entry(spec: DataSpec, role: str, rows: int | None) -> dict[str, Any]:
-    name = _shown(spec.dataset or spec.folder or spec.table or "")
-    return {"name": name, "role": role, "rows": rows, "licence": spec.licence}
-
-
-def _hub_data_set(spec: DataSpec, data_root: Path) -> str | None:
-    """Return the id of the data set of the Hub that a data entry reads, None where it reads files of the user."""
-    for address in (spec.data_files, spec.folder, spec.table, spec.files):
-        if address and (found := _data_set_of(address)):
-            return found
-    name = spec.dataset or ""
-    return name if name.count("/") == 1 and not (data_root / name).is_dir() else None
-
-
-def _data_set_of(address: str) -> str | None:
-    """Return the id of the data set of the Hub that an address lies in, None where it lies elsewhere."""
-    found = HUB_ADDRESS.fullmatch(address)
-    return found and found[1]
-
-
-def _card(
-    recipe: Recipe,
-    config: CMCRConfig,
-    entries: list[dict[str, Any]],
-    table: dict[str, Metrics] | None,
-    command: str | None,
-) -> str:
-    """Return the text of the model card: sources, data and settings of the recipe, and the table if there is one."""
-    settings: dict[str, Any] = {"objective": config.objective}
-    chosen = config.posterior_temperatures or {}
-    if config.objective == "bridge-distillation":
-        settings |= {
-            "temperature of the cosines": config.leaf_temperature,
-            # In the order of the spaces: JSON has another.
-            "temperatures of the posteriors": {
-                space: f"{chosen[space]:.4g}" for space in config.spaces if space in chosen
-            },
-            "power of the targets": config.target_power,
-            "items mixed": config.mix_items,
-        }
-    else:
-        settings |= {
-            "temperatures": {
-                "aggregation": recipe.aggregate_temperature,
-                "overlap": config.overlap_temperature,
-                "leaf": config.leaf_temperature,
-            },
-            "weight of the gap term": config.intra_weight,
-            "pools": ", ".join(dict.fromkeys(name for bridge in recipe.bridges for name in bridge.pools)),
-        }
-    settings |= {"noise": {"norm": config.noise_norm}, **asdict(recipe.train)}
-    columns = [(way, metric) for way, metrics in table["chance"].items() for metric in metrics] if table else []
-    if len(recipe.bridges) > 1:
-        # All of them would be wider than a page.
-        columns = [(way, metric) for way, metric in columns if metric in ("mAP", "top-1")]
-    results = [
-        {"method": name}
-        | {
-            f"{way} {metric}": f"{metrics[way][metric]:.3f}" if way in metrics else "not measured"
-            for way, metric in columns
-        }
-        for name, metrics in (table or {}).items()
-    ]
-    card = model_card(
-        config,
-        repo_id=f"cmcr-{recipe.name}",
-        licences={space: source.licence for space, source in recipe.sources.items()},
-        licence=recipe.licence,
-        training_data=entries,
-        training=settings,
-        results=results,
-        evaluation_command=command if results else None,
-        synthetic_note="all data, and all that the encoders were trained on." if recipe.world is not None else None,
-    )
-    return str(card)
 
 
 def _held_back(recipe: Recipe, data_root: Path) -> tuple[dict[str, Items], dict[str, list[Item]]]:
