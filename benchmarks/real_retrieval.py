@@ -52,6 +52,7 @@ from benchmarks.real.sources import embed_items, embed_texts, load_source, train
 from benchmarks.real.training import SourceTraining
 from benchmarks.timing import machine
 from cmcr_hf import CMCRConfig
+from cmcr_hf.cpu import tuned_cpu
 from cmcr_hf.evaluation.baselines import derange_by_name, posterior_matching
 from cmcr_hf.evaluation.connection import (
     ROWS,
@@ -278,17 +279,19 @@ def connect(run: Run, folder: Path) -> Metrics:
     config = CMCRConfig(objective=run.objective, projectors=projectors)
     # Models this small cost more to hand to a second thread than to compute.
     torch.set_num_threads(1)
-    args = ConnectorTrainingArguments(
-        output_dir=str(folder / "train"),
-        num_train_epochs=schedule.epochs,
-        per_device_train_batch_size=schedule.batch_size,
-        seed=run.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    connector, _ = train_connector(config, {name: embeds[name] for name in CONNECTION}, args, log_lines=False)
+    # A folder of its own: several connectors train at once.
+    with tempfile.TemporaryDirectory(dir=folder) as output_dir, tuned_cpu():
+        args = ConnectorTrainingArguments(
+            output_dir=output_dir,
+            num_train_epochs=schedule.epochs,
+            per_device_train_batch_size=schedule.batch_size,
+            seed=run.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        connector, _ = train_connector(config, {name: embeds[name] for name in CONNECTION}, args, log_lines=False)
     held_back = RetrievalSet(
         Side("clap", "audio", items["audio"], words["audio"]),
         Side("clip", "image", items["image"], words["image"]),

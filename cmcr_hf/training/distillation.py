@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..durable import locked
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from .posterior_files import stored_posteriors
 from .posteriors import Posteriors, choose_temperatures, matches
@@ -83,6 +86,19 @@ def check_unpaired(config: CMCRConfig, embeds: dict[str, Tensor]) -> int:
                 "are to tell which items match. Embed others."
             )
     return max(len(embeds[name]) for name in leaves)
+
+
+@contextmanager
+def kept_posteriors(folder: Path) -> Iterator[Path]:
+    """Keep other runs out of the folder of a training's posteriors, and remove it when the training is through.
+
+    Raises:
+        ValueError: another run is using it.
+    """
+    with locked(folder):
+        yield folder
+    # Of use to a run that goes on alone. Windows keeps what is mapped.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def unpaired_data(

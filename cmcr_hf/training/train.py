@@ -62,7 +62,7 @@ from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
-from .distillation import check_unpaired, unpaired_data
+from .distillation import check_unpaired, kept_posteriors, unpaired_data
 from .distributed import join_ranks, one_batch_of_all_ranks
 from .recipe import OBJECTIVES_OF
 from .store import EmbeddingStore, check_same_keys
@@ -326,9 +326,10 @@ def train_connector(
             f"Expected at least one batch of {batch_size} training rows, got {rows - validation_rows}. Use more "
             "items or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
         )
-    posteriors = Path(str(args.output_dir)) / POSTERIORS
     if training is None:
-        training = unpaired_data(config, unpaired, posteriors, args.device, progress=not args.disable_tqdm)
+        with kept_posteriors(Path(str(args.output_dir)) / POSTERIORS) as folder:
+            training = unpaired_data(config, unpaired, folder, args.device, progress=not args.disable_tqdm)
+            return _fit(config, training, None, args, log_lines)
     if validation_rows:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
         training, held_out = training.select(order[validation_rows:]), training.select(order[:validation_rows])
@@ -341,6 +342,12 @@ def train_connector(
             )
         batches = math.ceil(len(held_out) / (args.per_device_eval_batch_size * args.world_size))
         args.per_device_eval_batch_size = len(held_out) // (batches * args.world_size)
+    return _fit(config, training, held_out, args, log_lines)
+
+
+def _fit(
+    config: CMCRConfig, training: Any, held_out: Any, args: TrainingArguments, log_lines: bool
+) -> tuple[CMCRConnector, list[dict[str, Any]]]:
     if fit_on_device(training.nbytes + (0 if held_out is None else held_out.nbytes), args):
         training = training.to(args.device)
         held_out = None if held_out is None else held_out.to(args.device)
@@ -370,8 +377,6 @@ def train_connector(
         trainer.train(resume_from_checkpoint=checkpoint)
         if held_out is not None:
             trainer.evaluate()
-    # Of use to a run that goes on alone.
-    shutil.rmtree(posteriors, ignore_errors=True)
     return connector.cpu().eval(), trainer.state.log_history
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
 from cmcr_hf import CMCRConfig, CMCRConnector
+from cmcr_hf.durable import locked
 from cmcr_hf.training import posterior_files
 from cmcr_hf.training.distillation import UnpairedDataset, check_unpaired, unpaired_data
 from cmcr_hf.training.posteriors import choose_temperatures, matches, posteriors, top_weights
@@ -158,12 +159,18 @@ def test_a_run_that_goes_on_computes_no_posteriors_anew_and_one_that_is_through_
         with pytest.raises(RuntimeError, match="stopped"):
             train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
     assert len(computed) == 2
-    assert {path.name for path in (tmp_path / "run" / "posteriors").iterdir()} == {"clip_image", "clap_audio"}
+    assert {path.name for path in (tmp_path / "run" / "posteriors").glob("cl*")} == {"clip_image", "clap_audio"}
     connector, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
     assert len(computed) == 2
     assert not (tmp_path / "run" / "posteriors").exists()
     whole, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "whole"))
     assert all(torch.equal(weights, whole.state_dict()[name]) for name, weights in connector.state_dict().items())
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    args = arguments(tmp_path)
+    with locked(tmp_path / "posteriors"), pytest.raises(ValueError, match=r"another run is using .*posteriors\."):
+        train_connector(small_config(), unpaired_embeds(), args)
 
 
 def test_several_ranks_are_refused(tmp_path, monkeypatch):
