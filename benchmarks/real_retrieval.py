@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ SCHEDULES = {"names": Schedule(batch_size=68, epochs=444), "captions": Schedule(
 DISTILLATION = Schedule(batch_size=512, epochs=24)
 # The order that `train_connector` wants, which no file keeps.
 CONNECTION = ("clip_text", "clap_text", "clip_image", "clap_audio")
+# The parts of the development split: a setting that is chosen on one is confirmed on the other.
+WHOLE, HALVES = "all", ("first half", "second half")
 TITLES = {"names": "17 names", "captions": "captions"}
 # With all image captions and labels, 19,000 texts.
 SOUND_CAPTIONS = 12_000
@@ -129,6 +131,8 @@ class Embeddings:
     captions: TextSet
     items: RetrievalSet
     zero_shot: dict[str, float]
+    # Rows of the clips and of the images, by the name of the part.
+    halves: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
 
 def name_sentences(data: Path) -> tuple[list[str], list[str]]:
@@ -178,6 +182,7 @@ def prepare(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Emb
     with_concept = [row for row, concept in enumerate(sounds.held_back.concepts) if concept]
     concepts = list(dict.fromkeys(about))
     image_classes = torch.tensor([concepts.index(concept) for concept in images.held_back.concepts])
+    keys = [sounds.held_back.keys[row] for row in with_concept], images.held_back.keys
     return Embeddings(
         image_memory=clip.items("memory", "image", images.training),
         audio_memory=clap.items("memory", "audio", sounds.training),
@@ -191,6 +196,7 @@ def prepare(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Emb
             query_names=names_clap,
             gallery_names=names_clip,
         ),
+        halves={name: (_half(keys[0], bit), _half(keys[1], bit)) for bit, name in enumerate(HALVES)},
         zero_shot={
             "clip": _accuracy(image, names_clip, image_classes),
             "clap": _accuracy(
@@ -198,6 +204,20 @@ def prepare(data: Path, cache: Path, settings: dict[str, SourceTraining]) -> Emb
             ),
         },
     )
+
+
+def _half(keys: Sequence[str], bit: int) -> list[int]:
+    """Return the rows whose keys have a sha256 with this lowest bit in its first byte."""
+    return [row for row, key in enumerate(keys) if hashlib.sha256(key.encode()).digest()[0] & 1 == bit]
+
+
+def part_of(items: RetrievalSet, rows: tuple[Sequence[int], Sequence[int]]) -> RetrievalSet:
+    """Return some rows of the query side and some of the gallery's, with all banks and names."""
+    sides = [
+        replace(side, embeds=side.embeds[list(own)], labels=[side.labels[row] for row in own])
+        for side, own in zip((items.query, items.gallery), rows, strict=True)
+    ]
+    return replace(items, query=sides[0], gallery=sides[1])
 
 
 class Source:
@@ -261,8 +281,8 @@ class Run:
         return DISTILLATION if self.objective == "bridge-distillation" else SCHEDULES[self.texts]
 
 
-def connect(run: Run, folder: Path) -> Metrics:
-    """Train a connector and measure it, with what `experiment` wrote to `folder`."""
+def connect(run: Run, folder: Path) -> dict[str, Metrics]:
+    """Train a connector and measure it on every part, with what `experiment` wrote to `folder`."""
     schedule = run.schedule
     embeds = safetensors.torch.load_file(folder / f"{run.texts}.safetensors")
     items = safetensors.torch.load_file(folder / "items.safetensors")
@@ -298,7 +318,8 @@ def connect(run: Run, folder: Path) -> Metrics:
         query_bank=embeds["clap_text"],
         gallery_bank=embeds["clip_text"],
     )
-    return connector_metrics(connector, [held_back])
+    parts = {WHOLE: held_back, **{name: part_of(held_back, rows) for name, rows in words["halves"].items()}}
+    return {name: connector_metrics(connector, [part]) for name, part in parts.items()}
 
 
 def connection_data(embeddings: Embeddings, texts: TextSet) -> dict[str, torch.Tensor]:
@@ -319,26 +340,23 @@ def experiment(
     *,
     workers: int,
     objectives: Sequence[str] = ("c-mcr", "bridge-distillation"),
-) -> tuple[dict[str, Metrics], dict[str, Metrics]]:
-    """Measure every way to connect the spaces; return the means and standard deviations of its runs by method.
+) -> dict[str, tuple[dict[str, Metrics], dict[str, Metrics]]]:
+    """Measure every way to connect the spaces; return the means and standard deviations of its runs, part by part.
 
     Connectors are trained anew each time, `workers` of them at once in processes of one thread; one worker is this
     process itself.
     """
     items = embeddings.items
-    if items.query_names is None or items.gallery_names is None:
-        raise ValueError("The retrieval set has no class names, expected them for the rows that know the classes.")
-    table = baseline_metrics([items])
+    parts = {WHOLE: items, **{name: part_of(items, rows) for name, rows in embeddings.halves.items()}}
+    tables = {name: _free_metrics(part) for name, part in parts.items()}
     audio, image = items.query, items.gallery
-    matched = posterior_matching(audio.embeds, items.query_names, items.gallery_names, image.embeds)
-    table["closed PM"] = retrieval_metrics(matched, matched.T, audio.labels, image.labels)
     runs = [Run(name, seed, objective=how) for how in objectives for name in texts for seed in range(seeds)]
     if "names" in texts:
         runs += [Run("names", draw, True, how) for how in objectives for draw in range(derangements)]
-    results: dict[str, list[Metrics]] = {run.row: [] for run in runs}
+    results: dict[str, list[dict[str, Metrics]]] = {run.row: [] for run in runs}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        words = {"audio": list(audio.labels), "image": list(image.labels)}
+        words: dict[str, Any] = {"audio": list(audio.labels), "image": list(image.labels), "halves": embeddings.halves}
         for text_set in texts:
             bank: TextSet = getattr(embeddings, text_set)
             words[text_set] = bank.about
@@ -350,18 +368,31 @@ def experiment(
         rows = {"audio": audio.embeds, "image": image.embeds, **memories}
         safetensors.torch.save_file(rows, folder / "items.safetensors")
         write_json(folder / "words.json", words)
-        work: Callable[..., Iterator[Metrics]] = map
+        work: Callable[..., Iterator[dict[str, Metrics]]] = map
         if workers > 1:
             work = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"))).map
         measured = work(connect, runs, [folder] * len(runs))
         for run, metrics in zip(runs, tqdm(measured, desc="connectors", total=len(runs), unit="run"), strict=True):
             results[run.row].append(metrics)
-    spread: dict[str, Metrics] = {}
-    for row, metrics in results.items():
-        table[row], deviation = mean_and_spread(metrics)
-        if len(metrics) > 1:
-            spread[row] = deviation
-    return table, spread
+    found = {}
+    for part, table in tables.items():
+        spread: dict[str, Metrics] = {}
+        for row, metrics in results.items():
+            table[row], deviation = mean_and_spread([run[part] for run in metrics])
+            if len(metrics) > 1:
+                spread[row] = deviation
+        found[part] = (table, spread)
+    return found
+
+
+def _free_metrics(items: RetrievalSet) -> dict[str, Metrics]:
+    """Measure what trains no connector."""
+    if items.query_names is None or items.gallery_names is None:
+        raise ValueError("The retrieval set has no class names, expected them for the rows that know the classes.")
+    table = baseline_metrics([items])
+    matched = posterior_matching(items.query.embeds, items.query_names, items.gallery_names, items.gallery.embeds)
+    table["closed PM"] = retrieval_metrics(matched, matched.T, items.query.labels, items.gallery.labels)
+    return table
 
 
 @dataclass(frozen=True)
@@ -469,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     embeddings = prepare(arguments.data, arguments.cache, settings)
     prepared = time.perf_counter()
-    table, spread = experiment(
+    found = experiment(
         embeddings,
         list(dict.fromkeys(arguments.texts)),
         arguments.seeds,
@@ -478,7 +509,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         objectives=list(dict.fromkeys(arguments.objectives)),
     )
     end = time.perf_counter()
-    items, found = embeddings.items, targets(table, embeddings.zero_shot)
+    (table, spread), items = found[WHOLE], embeddings.items
+    reached = targets(table, embeddings.zero_shot)
     print(
         f"Retrieval by concept among {len(items.gallery.labels)} images and {len(items.query.labels)} clips of "
         f"{len(set(items.gallery.labels))} concepts, all held back.\nReal data; small sources trained on it for this "
@@ -486,14 +518,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(format_table(table, spread))
     print(NOTES)
-    print("\n".join(str(target) for target in found))
+    print("\n".join(str(target) for target in reached))
+    for name in HALVES:
+        print(f"\nThe {name} of the clips and the images, by a hash of their names\n")
+        print(format_table(*found[name]))
     print(f"\nSources and embeddings {prepared - start:.0f} s, connectors {end - prepared:.0f} s.")
     if arguments.output is not None:
         document = {
             "mean": table,
             "standard_deviation": spread,
             "zero_shot": embeddings.zero_shot,
-            "targets": [asdict(target) for target in found],
+            "targets": [asdict(target) for target in reached],
+            "halves": {name: dict(zip(("mean", "standard_deviation"), found[name], strict=True)) for name in HALVES},
             "sources": {space: asdict(setting) for space, setting in settings.items()},
             "schedules": {name: asdict(SCHEDULES[name]) for name in arguments.texts},
             "distillation": asdict(DISTILLATION),

@@ -20,6 +20,8 @@ from benchmarks.real.models import SmallAudioTextModel, SmallDualEncoderConfig, 
 from benchmarks.real.sources import embed_items, embed_texts
 from benchmarks.real.training import SourceTraining, train_source
 from benchmarks.real.word_vectors import subword_tokenizer, token_vectors, word_tokenizer
+from benchmarks.real_retrieval import HALVES
+from cmcr_hf.evaluation.connection import retrieval_metrics
 from cmcr_hf.training.train import run_script
 
 CONCEPTS = {"dog": {"esc50": ["dog"]}, "bird": {"esc50": ["crow", "chirping_birds"]}}
@@ -215,11 +217,17 @@ def unit_rows(rows: int, seed: int) -> torch.Tensor:
 
 def random_embeddings() -> real_retrieval.Embeddings:
     texts = real_retrieval.TextSet(unit_rows(12, 0), unit_rows(12, 1), [name for name in "abcd" for _ in range(3)])
-    audio = real_retrieval.Side("clap", "audio", unit_rows(16, 4), list("abcd" * 4))
-    image = real_retrieval.Side("clip", "image", unit_rows(20, 5), list("abcd" * 5))
+    audio = real_retrieval.Side("clap", "audio", unit_rows(16, 4), list("aabbccdd" * 2))
+    image = real_retrieval.Side("clip", "image", unit_rows(20, 5), list("aabbccdd" * 2 + "aabb"))
     items = real_retrieval.RetrievalSet(audio, image, texts.clap, texts.clip, unit_rows(4, 6), unit_rows(4, 7))
     return real_retrieval.Embeddings(
-        unit_rows(30, 2), unit_rows(30, 3), texts, texts, items, {"clip": 0.6, "clap": 0.7}
+        unit_rows(30, 2),
+        unit_rows(30, 3),
+        texts,
+        texts,
+        items,
+        {"clip": 0.6, "clap": 0.7},
+        {name: (list(range(start, 16, 2)), list(range(start, 20, 2))) for start, name in enumerate(HALVES)},
     )
 
 
@@ -240,7 +248,14 @@ def test_a_table_has_every_row_and_its_targets(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(real_retrieval, "SCHEDULES", schedules)
     monkeypatch.setattr(real_retrieval, "DISTILLATION", schedules["names"])
     embeddings = random_embeddings()
-    table, spread = real_retrieval.experiment(embeddings, ["names", "captions"], seeds=1, derangements=1, workers=1)
+    parts = real_retrieval.experiment(embeddings, ["names", "captions"], seeds=1, derangements=1, workers=1)
+    assert list(parts) == ["all", "first half", "second half"]
+    # Of every second item of each side.
+    items = embeddings.items
+    scores = items.query.embeds[::2] @ items.gallery.embeds[::2].T
+    expected = retrieval_metrics(scores, scores.T, items.query.labels[::2], items.gallery.labels[::2])
+    assert parts["first half"][0]["unconnected"] == expected
+    table, spread = parts["all"]
     trained = ["C-MCR, 17 names", "C-MCR, captions", "bridge distillation, 17 names", "bridge distillation, captions"]
     trained += ["null, 17 names", "null of bridge distillation, 17 names"]
     assert list(table)[-7:] == ["closed PM", *trained]
@@ -321,7 +336,12 @@ def test_a_distilling_connector_trains_on_the_memories_and_its_null_on_other_tex
     save_file(items, tmp_path / "items.safetensors")
     names = ("clip_text", "clap_text", "clip_image", "clap_audio")
     save_file({name: F.normalize(torch.randn(6, 128), dim=1) for name in names}, tmp_path / "names.safetensors")
-    words = {"audio": ["dog", "bird"] * 2, "image": ["dog", "bird"] * 2, "names": ["dog", "bird", "cat"] * 2}
+    words = {
+        "audio": ["dog", "bird"] * 2,
+        "image": ["dog", "bird"] * 2,
+        "names": ["dog", "bird", "cat"] * 2,
+        "halves": {},
+    }
     (tmp_path / "words.json").write_text(json.dumps(words))
     seen: list[dict[str, torch.Tensor]] = []
 
