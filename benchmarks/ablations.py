@@ -101,6 +101,11 @@ def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | N
                 raise ValueError(f"There is no store of {space} {leaf} under {place}. Embed those items and name it.")
     native = [opened[space, overlap] for space in spaces]
     keys = native[0].keys()
+    if len(keys) < schedule.batch_size:
+        raise ValueError(
+            f"{native[0].folder} holds {len(keys)} rows, expected at least one batch of {schedule.batch_size}. Lower "
+            "--batch-size, or embed more."
+        )
     check_same_keys(*((str(store.folder), store.keys()) for store in native))
     classes = _read_labels(labels) if labels is not None else None
     sides = []
@@ -111,12 +116,15 @@ def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | N
         sides.append(Side(space, leaf, store.tensor().float(), names))
     check_classes(sides[1].labels, sides[0].labels, (leaves[1], leaves[0]))
     first, second = (store.tensor().float() for store in native)
-    texts = Texts(first, second, list(map(str, keys)), [""] * len(keys), schedule)
+    # What an item is about, of which the null takes another, if the table says it of all.
+    about = [classes[key] for key in keys] if classes and all(key in classes for key in keys) else keys
+    texts = Texts(first, second, about, [""] * len(keys), schedule)
     items = RetrievalSet(sides[1], sides[0], second, first)
     image, other = (opened[part].tensor().float() for part in wanted)
     title = f"{len(keys)} {overlap}s"
     # Half as many steps, which are dearer, and enough on the data that the objective was made on.
-    distillation = Schedule(schedule.batch_size, max(1, schedule.steps // 2))
+    batch_size = min(schedule.batch_size, max(len(image), len(other)))
+    distillation = Schedule(batch_size, max(1, schedule.steps // 2))
     return Study((spaces[0], spaces[1]), overlap, {title: texts}, (image, other), items, distillation)
 
 
@@ -155,18 +163,23 @@ def planned(
         able = [
             variant
             for variant in variants(kinds, study.overlap, study.leaves)
-            if _fits(texts, variant) and (variant.dear or not large)
+            if _fits(study, texts, variant) and (variant.dear or not large)
         ]
-        for seed in range(max(seeds, null_draws)):
+        draws = min(null_draws, seeds) if large else null_draws
+        for seed in range(max(seeds, draws)):
             runs += [
-                Run(title, variant, seed) for variant in able if seed < (null_draws if variant.name == NULL else seeds)
+                Run(title, variant, seed) for variant in able if seed < (draws if variant.name == NULL else seeds)
             ]
     return runs
 
 
-def _fits(texts: Texts, variant: Variant) -> bool:
-    rows = sum(kind == variant.texts for kind in texts.kinds) if variant.texts else len(texts.kinds)
-    return rows * variant.share >= texts.schedule.batch_size * variant.batch
+def _fits(study: Study, texts: Texts, variant: Variant) -> bool:
+    """Return whether the rows that a variant trains on fill a batch."""
+    native = sum(kind == variant.texts for kind in texts.kinds) if variant.texts else len(texts.kinds)
+    rows = {study.overlap: native * variant.share, **dict(zip(study.leaves, map(len, study.memories), strict=True))}
+    if variant.distils:
+        return max(map(len, study.memories)) >= study.distillation.batch_size
+    return sum(rows[pool] for pool in variant.pools or (study.overlap,)) >= texts.schedule.batch_size * variant.batch
 
 
 def training_free(study: Study, title: str) -> dict[str, Metrics]:
@@ -189,7 +202,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.add_argument("--data", type=Path, help="folder with concepts.json, images, audio and text")
     given.add_argument("--stores", nargs=4, metavar="STORE", help="overlap items in both spaces, and both memories")
     parser.add_argument("--test", nargs=2, metavar="STORE", help="with --stores: test items of both memories' kinds")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="classes of the test items: columns key and label")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="classes of the test items (columns key and label), and of the texts, if the null is to know them",
+    )
     parser.add_argument("--batch-size", type=int, default=4096, help="with --stores (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="with --stores (default: %(default)s)")
     parser.add_argument(
@@ -206,7 +224,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="with --data: texts that connect (default: all)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="connectors a variant (default: %(default)s)")
-    parser.add_argument("--null", type=int, default=NULL_DRAWS, help="deranged connectors (default: %(default)s)")
+    parser.add_argument(
+        "--null",
+        type=int,
+        default=NULL_DRAWS,
+        help=f"deranged connectors, no more than --seeds on more than {LARGE} texts (default: %(default)s)",
+    )
     parser.add_argument(
         "--workers", type=int, default=2, help="connectors at once, a core each (default: %(default)s)"
     )

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from cmcr_hf.evaluation.connection import mean_and_spread
 
-from .results import Effect, Table, mean_map
+from .results import Effect, Table, effect_between, mean_map
 from .variants import FULL, NULL, OBJECTIVES, PARTS, Variant
 
-BRIDGE = "posterior matching"
+# What needs no training, but the whole bank at inference.
+BRIDGES = ("one-way bridge", "two-way bridge", "posterior matching")
 
 
 def conclusions(tables: Sequence[Table]) -> dict[str, list[str]]:
@@ -81,14 +82,20 @@ def _against(table: Table) -> str:
         text += f", the null {statistics.fmean(map(mean_map, null)):.3f}"
     if "closed cascade" in ways:
         text += f", and the closed cascade, which knows the classes, {ways['closed cascade']:.3f}"
-    better = [f"{name} ({ways[name]:.3f})" for name in _bridges(table) if ways[name] > full]
+    bridges = {name: effect_between(table.full, [table.free[name]] * len(table.full)) for name in _bridges(table)}
+    better = [f"{name} ({ways[name]:.3f})" for name, effect in bridges.items() if effect.verdict.startswith("loses")]
+    level = [f"{name} ({ways[name]:.3f})" for name, effect in bridges.items() if effect.verdict == "none"]
     if better:
-        return f"{text}. It loses to what needs no training but the whole bank at inference: {', '.join(better)}."
-    return f"{text}. It beats every bridge without training."
+        text += f". It loses to what needs no training but the whole bank at inference: {', '.join(better)}"
+    if level:
+        text += f". No difference can be told from {', '.join(level)}"
+    if not better and not level:
+        text += ". It beats every bridge without training"
+    return f"{text}."
 
 
 def _bridges(table: Table) -> list[str]:
-    return [name for name in ("one-way bridge", "two-way bridge", BRIDGE) if name in table.free]
+    return [name for name in BRIDGES if name in table.free]
 
 
 def _objectives(table: Table) -> list[str]:
@@ -98,15 +105,20 @@ def _objectives(table: Table) -> list[str]:
         return []
     means = {variant.name: statistics.fmean(map(mean_map, runs)) for variant, runs in rows.items()}
     best = max(means, key=lambda name: means[name])
+    of_name = {variant.name: runs for variant, runs in rows.items()}
+    level = [name for name in means if effect_between(of_name[best], of_name[name]).verdict == "none" and name != best]
+    others = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if name not in (best, *level))
     text = f"With {table.title}, {best} is best: {means[best]:.3f}"
-    others = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if name != best)
+    if level:
+        text = f"With {table.title}, no difference can be told between {best} ({means[best]:.3f}) and "
+        text += " and ".join(f"{name} ({means[name]:.3f})" for name in level)
     share = ""
     if "closed cascade" in table.free:
         runs = next(runs for variant, runs in rows.items() if variant.name == best)
         mean, _ = mean_and_spread(runs)
         shares = [f"{mean[way]['mAP'] / part['mAP']:.2f}" for way, part in table.free["closed cascade"].items()]
         share = f" That is {' and '.join(shares)} of the closed cascade's mAP."
-    return [f"{text} (the others: {others}).{share}"]
+    return [f"{text}{f' (the others: {others})' if others else ''}.{share}"]
 
 
 def _signed(effect: Effect) -> str:

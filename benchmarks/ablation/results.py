@@ -67,13 +67,7 @@ class Table:
     def effect(self, variant: Variant) -> Effect:
         """Return what a variant changes, from the seeds that it and what it is compared with have in common."""
         base = next(runs for other, runs in self.runs.items() if other.name == variant.against)
-        differences = [mean_map(one) - mean_map(other) for one, other in zip(self.runs[variant], base, strict=False)]
-        if len(differences) < 2:
-            return Effect(differences[0], float("inf"))
-        quantile = T_975[min(len(differences) - 1, len(T_975)) - 1]
-        return Effect(
-            statistics.fmean(differences), quantile * statistics.stdev(differences) / len(differences) ** 0.5
-        )
+        return effect_between(self.runs[variant], base)
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON has it."""
@@ -92,6 +86,15 @@ class Table:
             "without_a_connector": self.free,
             "connectors": rows,
         }
+
+
+def effect_between(runs: Sequence[Metrics], base: Sequence[Metrics]) -> Effect:
+    """Return the effect of runs against others, seed by seed as far as both go."""
+    differences = [mean_map(one) - mean_map(other) for one, other in zip(runs, base, strict=False)]
+    if len(differences) < 2:
+        return Effect(differences[0], float("inf"))
+    quantile = T_975[min(len(differences) - 1, len(T_975)) - 1]
+    return Effect(statistics.fmean(differences), quantile * statistics.stdev(differences) / len(differences) ** 0.5)
 
 
 def mean_map(metrics: Metrics) -> float:

@@ -198,10 +198,16 @@ def choose_temperatures(
 
 
 def _log_ranks(scores: Tensor) -> Tensor:
-    """Return the logarithm of the rank of the diagonal's entries in their rows and columns, the mean of both."""
+    """Return the logarithm of the rank of the diagonal's entries in their rows and columns, the mean of both.
+
+    Of equal scores half come first, or a posterior so sharp that all of its products vanish would rank best.
+    """
     own = scores.diagonal()
-    rows, columns = (scores > own[:, None]).sum(dim=1), (scores > own).sum(dim=0)
-    return ((rows + 1).log() + (columns + 1).log()) / 2
+    ranks = []
+    for dim, entries in ((1, own[:, None]), (0, own)):
+        higher, equal = (scores > entries).sum(dim=dim), (scores == entries).sum(dim=dim)
+        ranks.append((higher + (equal + 1) / 2).log())
+    return (ranks[0] + ranks[1]) / 2
 
 
 def _nearest(queries: Tensor, memory: Tensor) -> Tensor:

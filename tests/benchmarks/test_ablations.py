@@ -10,8 +10,9 @@ from benchmarks.ablation.conclusions import conclusions
 from benchmarks.ablation.page import draw, write_ablations
 from benchmarks.ablation.results import Table, format_results
 from benchmarks.ablation.runs import Run, Schedule, Study, Texts, measure, train_and_measure, training_rows
-from benchmarks.ablation.variants import FULL, NULL, PARTS, Variant, variants
-from cmcr_hf.evaluation.connection import RetrievalSet, Side
+from benchmarks.ablation.variants import FULL, NULL, OBJECTIVES, PARTS, Variant, variants
+from cmcr_hf.evaluation.connection import RetrievalSet, Side, connector_metrics
+from cmcr_hf.modeling.modeling_cmcr import CMCRConnector
 from cmcr_hf.training.store import EmbeddingStore
 
 LEAVES = ("image", "audio")
@@ -49,14 +50,27 @@ def test_every_variant_has_a_row_of_its_own_and_changes_something() -> None:
     assert len(settings) == len(found)
 
 
-@pytest.mark.parametrize(
-    "variant", [one for one in all_variants() if one.edit or one.pools or one.distils], ids=lambda one: one.name
-)
-def test_other_layers_and_pools_train_and_are_measured(variant: Variant, study: Study) -> None:
-    metrics, full = (train_and_measure(Run("texts", one, 0), study) for one in (variant, all_variants()[0]))
+@pytest.mark.parametrize("variant", [one for one in all_variants()[1:] if one.share == 1], ids=lambda one: one.name)
+def test_every_variant_trains_another_connector(
+    variant: Variant, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def remember(connector: CMCRConnector, sets: list[RetrievalSet]) -> dict[str, dict[str, float]]:
+        trained.append(connector.project(sets[0].query.embeds, "clap", "audio"))
+        return connector_metrics(connector, sets)
+
+    monkeypatch.setattr("benchmarks.ablation.runs.connector_metrics", remember)
+    metrics, _ = (train_and_measure(Run("texts", one, 0), study) for one in (variant, all_variants()[0]))
     assert set(metrics) == {"audio_to_image", "image_to_audio"}
     assert 0 < metrics["audio_to_image"]["mAP"] < 1
-    assert metrics != full
+    assert trained[0].shape != trained[1].shape or not torch.allclose(*trained, atol=1e-6)
+
+
+def test_without_pseudo_pairs_the_memories_do_not_matter(study: Study) -> None:
+    variant = next(one for one in all_variants() if one.name.startswith("without pseudo pairs"))
+    others = replace(study, memories=(unit_rows(30, 8), unit_rows(24, 9)))
+    assert train_and_measure(Run("texts", variant, 0), study) == train_and_measure(Run("texts", variant, 0), others)
 
 
 def test_a_variant_that_has_fewer_texts_than_a_batch_is_left_out(study: Study) -> None:
@@ -65,9 +79,24 @@ def test_a_variant_that_has_fewer_texts_than_a_batch_is_left_out(study: Study) -
     assert "labels alone" in {run.variant.name for run in runs}
 
 
+def test_a_variant_whose_memories_are_smaller_than_a_batch_is_left_out(study: Study) -> None:
+    texts = {"texts": replace(study.texts["texts"], schedule=Schedule(batch_size=12, steps=2))}
+    small = replace(study, texts=texts, memories=(unit_rows(10, 2), unit_rows(7, 3)))
+    names = {run.variant.name for run in ablations.planned(small, 1, 0, everything=True)}
+    assert {FULL, "centred on all three modalities", "bridge distillation"} <= names
+    assert not {"centred on image alone", "centred on audio alone"} & names
+    assert not any(
+        run.variant.distils
+        for run in ablations.planned(
+            replace(small, distillation=Schedule(batch_size=11, steps=2)), 1, 0, everything=True
+        )
+    )
+
+
 def test_large_sets_take_the_most_telling_variants_unless_all_are_asked_for() -> None:
     study = make_study(ablations.LARGE + 2)
-    few, many = (ablations.planned(study, 2, 0, everything=all_of_them) for all_of_them in (False, True))
+    few, many = (ablations.planned(study, 2, 5, everything=all_of_them) for all_of_them in (False, True))
+    assert [sum(run.variant.name == NULL for run in runs) for runs in (few, many)] == [2, 5]
     assert {run.variant.name for run in few} < {run.variant.name for run in many}
     assert all(run.variant.dear for run in few)
     # The first seed of every variant comes before the second of any.
@@ -161,6 +190,18 @@ def test_the_sentences_say_what_the_figures_do() -> None:
     assert "Which objective" not in found
 
 
+def test_what_cannot_be_told_apart_is_not_called_better() -> None:
+    table = table_of({})
+    table.runs[Variant("Other", OBJECTIVES)] = table.full
+    free = table.free["posterior matching"]
+    table.free["one-way bridge"] = {way: dict.fromkeys(part, 0.401) for way, part in free.items()}
+    found = conclusions([table])
+    assert "no difference can be told between Other (0.400) and C-MCR" in found["Which objective"][0]
+    against = found["Against ways without a connector"][0]
+    assert "It loses to" in against and "posterior matching (0.500)" in against
+    assert "No difference can be told from one-way bridge (0.401)." in against
+
+
 def test_the_page_and_the_plot_name_every_variant(tmp_path: Path) -> None:
     table = table_of({"without noise": [-0.2, -0.22, -0.18], "a & b": [0.0, 0.02, 0.01]})
     plot, page = write_ablations(tmp_path, [table], "caption <1>", {"clip": 0.6})
@@ -213,7 +254,24 @@ def test_stores_that_do_not_belong_together_are_refused(stores: dict[str, list[s
         ablations.study_of_stores([*stores["stores"][:2], *stores["stores"][:2]], stores["test"], None, schedule)
     with pytest.raises(ValueError, match="no store of clap audio under --test"):
         ablations.study_of_stores(stores["stores"], stores["test"][:1], None, schedule)
+    with pytest.raises(ValueError, match="clip-text holds 12 rows, expected at least one batch of 13"):
+        ablations.study_of_stores(stores["stores"], stores["test"], None, Schedule(13, 2))
     labels = tmp_path / "labels.csv"
     labels.write_text("key,label\na/0,a\n")
     with pytest.raises(ValueError, match="has no line in --labels"):
         ablations.study_of_stores(stores["stores"], stores["test"], labels, schedule)
+
+
+def test_the_null_of_stores_takes_texts_of_another_label_where_all_have_one(
+    stores: dict[str, list[str]], tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.csv"
+    lines = [f"{'ab'[row % 2]}/{row},{'ab'[row % 2]}" for row in range(8)]
+    labels.write_text("\n".join(["key,label", *lines]) + "\n")
+    given = (stores["stores"], stores["test"], labels, Schedule(4, 2))
+    (texts,) = ablations.study_of_stores(*given).texts.values()
+    assert texts.about == [f"text {row}" for row in range(12)]
+    lines += [f"text {row},{'ab'[row // 6]}" for row in range(12)]
+    labels.write_text("\n".join(["key,label", *lines]) + "\n")
+    (texts,) = ablations.study_of_stores(*given).texts.values()
+    assert texts.about == ["a"] * 6 + ["b"] * 6
