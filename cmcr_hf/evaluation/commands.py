@@ -133,14 +133,12 @@ def _check_ours(folder: Path) -> None:
 
 def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> EvaluationResult:
     """Return a result that says where its data is not whole, and has then nothing published beside it."""
-    from .result import CHANCE
+    from .result import CHANCE, left_out
 
     notes = []
-    words = {"missing": "without their files", "empty": "with empty cells"}
-    counts = {word: result.data.get(name) or 0 for name, word in words.items()}
-    left = [f"{count:,} {word}" for word, count in counts.items() if isinstance(count, int) and count]
+    left = left_out(result.data)
     if left:
-        notes.append(f"Rows are left out: {' and '.join(left)}.")
+        notes.append(f"Left out: {left}.")
     part = bool(left or arguments.limit)
     if part and result.published:
         notes.append("Published numbers are of the whole data set, so none stand here.")

@@ -88,10 +88,17 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _retrieval(arguments: argparse.Namespace) -> None:
     from ..training.data import Items
-    from .pair_ranking import PUBLISHED, build_scorers, compare_with_bridges, measure_rankings, ranking_cases
+    from .pair_ranking import PUBLISHED, beaten_without_training, build_scorers, measure_rankings, ranking_cases
     from .result import MODEL, EvaluationResult
 
     data = _paired_set(arguments)
+    if arguments.text_space is not None and "text" not in data.modalities:
+        raise ValueError(
+            f"--text-space says which source embeds the texts of the data, which has {' and '.join(data.modalities)} "
+            "items. Leave it out."
+        )
+    if arguments.bank is None and arguments.bank_column is not None:
+        raise ValueError("--bank-column goes with --bank, which is not given. Name the bank too, or leave it out.")
     bank = None if arguments.bank is None else _bank(arguments)
     modalities = set(data.modalities)
     if isinstance(bank, Items):
@@ -100,9 +107,10 @@ def _retrieval(arguments: argparse.Namespace) -> None:
         # For the names of the classes.
         modalities.add("text")
     with evaluated_model(arguments, *sorted(modalities)) as model:
-        scorers = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
-        ranked = measure_rankings(data, scorers, resamples=arguments.bootstrap, seed=arguments.seed)
-        best, worst = ranking_cases(data, scorers[MODEL][0], ranked.precision)
+        methods = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
+        data = methods.data
+        ranked = measure_rankings(data, methods.scorers, resamples=arguments.bootstrap, seed=arguments.seed)
+        best, worst = ranking_cases(data, methods.scorers[MODEL][0], ranked.precision)
         kind = "-".join("3D" if name == "point_cloud" else name for name in data.modalities)
         described: dict[str, str | int] = {}
         if isinstance(bank, Items):
@@ -121,20 +129,22 @@ def _retrieval(arguments: argparse.Namespace) -> None:
                     "queries, texts of one item together, the gallery as it is",
                     text_space=arguments.text_space,
                     bank=described,
+                    posterior_temperatures=methods.temperatures,
                 ),
                 metrics=ranked.metrics,
                 intervals=ranked.intervals,
                 published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
-                notes=compare_with_bridges(ranked.metrics),
+                notes=[*methods.notes, *beaten_without_training(ranked.metrics)],
             ),
         )
 
 
 def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
-    from ..training.data import Items
+    from ..training.data import Items, is_table
     from ..training.embed_command import data_entry
+    from ..training.places import is_address
     from ..training.store import EmbeddingStore
 
     named = [part.partition("=") for part in arguments.bank]
@@ -143,6 +153,11 @@ def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
     if len(named) > 1:
         raise ValueError(f"Expected one bank, or SPACE=STORE twice, got {' '.join(arguments.bank)}.")
     (bank,) = arguments.bank
+    if not is_address(bank) and not Path(bank).exists() and (is_table(bank) or "/" not in bank):
+        raise ValueError(
+            f"There is no file or folder {bank!r}. Name the bank: texts in a .txt, .csv, .tsv, .json, .jsonl or "
+            ".parquet file, a folder of images, a Hub data set OWNER/NAME, or stores, as clip=STORE clap=STORE."
+        )
     modality = "image" if Path(bank).is_dir() and arguments.bank_column is None else "text"
     columns = None if arguments.bank_column is None else [arguments.bank_column]
     return Items([data_entry(bank, modality, column=columns)], modality, Path())

@@ -82,7 +82,7 @@ def test_items_of_several_classes_are_measured_as_scikit_learn_does() -> None:
     best = scores.argmax(1)
     assert found.metrics["model"]["top-1"] == pytest.approx(relevant[torch.arange(80), best].double().mean().item())
     assert found.by_class[5].isnan()
-    assert notes(data, found.by_class) == ["1 of 6 classes have no item here and are left out of the mean."]
+    assert notes(data, found.by_class) == ["Left out of the mean: 1 class without an item here, of 6."]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -426,7 +426,7 @@ def test_missing_clips_are_listed_counted_and_left_out(
 ) -> None:
     write_audioset(folder)
     assert run(tiny_model, folder, "audioset") == 0
-    assert "1 of 5 items are not there and are left out." in capsys.readouterr().out
+    assert "Left out: 1 item (no such file, for example 4bcdefghijk)." in capsys.readouterr().out
     assert result(folder)["data"]["missing"] == ["4bcdefghijk"]
 
 
@@ -437,7 +437,7 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
     write(folder / "wav" / "Y1bcdefghijk.wav", b"RIFF of nothing")
     for _ in range(2):
         assert run(tiny_model, folder, "audioset", "--template", "{}") == 0
-        assert "1 of 5 items cannot be read and are left out." in capsys.readouterr().out
+        assert "1 item (cannot be read, for example wav/Y1bcdefghijk.wav)." in capsys.readouterr().out
     found = result(folder)
     assert found["data"]["unreadable"] == ["wav/Y1bcdefghijk.wav"]
     assert found["data"]["items"] == {"items": 3, "classes": 3}
