@@ -147,6 +147,7 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
     from ..training.recipe import DataSpec
     from .labelled import label_items, load_audioset, load_esc50, load_imagenet, read_words
     from .modelnet40 import load_modelnet40
+    from .pairs import rooted
 
     layout, limit = arguments.layout, arguments.limit
     for option, layouts in _LAYOUTS_OF.items():
@@ -172,7 +173,11 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
         columns = None if arguments.column is None else [arguments.column]
         options = {"column": columns, "label": arguments.label, "limit": limit, **given}
         spec = data_entry(arguments.data, arguments.modality, **options)
-    items = Items([spec], arguments.modality, Path(), strict=False)
+    root = Path()
+    if spec.dataset is not None:
+        root, name = rooted(spec.dataset)
+        spec = replace(spec, dataset=name)
+    items = Items([spec], arguments.modality, root, strict=False)
     # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
     whole = replace(spec, limit=None)
     every = None if spec.dataset is not None else Items([whole], arguments.modality, Path(), strict=False)

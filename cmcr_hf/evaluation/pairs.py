@@ -325,21 +325,28 @@ def _cells(table: dict[str, list[Any]], kind: str, columns: Sequence[str], row: 
     return spread
 
 
+def rooted(data: str) -> tuple[Path, str]:
+    """Return a root and a name below it for a data set, such that the keys of its items name no place of a machine."""
+    path = Path(data)
+    return (path.parent, path.name) if path.is_absolute() else (Path(), data)
+
+
 def _load_data_set(
     data: str, by_kind: dict[str, list[str]], label: str | None, config: str | None, split: str, limit: int | None
 ) -> PairedSet:
     """Read pairs from a data set: media stay in it and are read when they are embedded, texts are held in memory."""
+    root, name = rooted(data)
     sides: list[Items] = []
     places: list[list[str]] = []
     labels: list[list[set[str]]] = []
     for kind, columns in by_kind.items():
         # With any limit, rows are numbered through all files of the data set.
         most = limit if kind != "text" or limit is None else sys.maxsize
-        spec = DataSpec(dataset=data, column=columns, config=config, split=split, label=label, limit=most)
-        items = Items([spec], kind, Path())
+        spec = DataSpec(dataset=name, column=columns, config=config, split=split, label=label, limit=most)
+        items = Items([spec], kind, root)
         found = [(item.key, item.value, item.label) for item in items] if kind == "text" else None
         keyed = found or [(item.key, None, item.label) for item in items]
-        places.append([key.removeprefix(f"{data}/{split}/").split("/")[0] for key, _, _ in keyed])
+        places.append([key.removeprefix(f"{name}/{split}/").split("/")[0] for key, _, _ in keyed])
         labels.append([set() if own is None else {own} for _, _, own in keyed])
         sides.append(items if found is None else Items.listed("text", [str(value) for _, value, _ in found]))
     data_set = _align(Path(data).name, sides, places, labels)

@@ -217,8 +217,8 @@ def test_a_limit_takes_as_many_silent_pairs_and_no_resamples_give_no_intervals(
     found = evaluate("recognition", tiny_model, data, "extended-flickr-soundnet", tmp_path / "out", *more)
     assert found["data"]["items"] == {"pairs": 4, "videos": 2, "non-sounding": 2}
     assert not any(found["intervals"]["model"].values())
-    # Those of all pairs have nothing to stand beside.
     assert not found["published"]
+    assert "Published numbers are of the whole data set, so none stand here." in found["notes"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:

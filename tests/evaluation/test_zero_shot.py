@@ -407,8 +407,8 @@ def test_folds_names_templates_and_limits_reach_the_result(tiny_model: Path, fol
     assert run(tiny_model, folder, "esc-50", "--prompts", str(folder / "t.txt"), "--limit", "2") == 0
     found = result(folder)
     assert (found["data"]["items"]["items"], found["settings"]["templates"]) == (2, ["the {}"])
-    # Those are of all clips.
     assert found["published"] == []
+    assert "Published numbers are of the whole data set, so none stand here." in found["notes"]
 
 
 def test_names_of_a_file_replace_those_of_the_folders(tiny_model: Path, folder: Path) -> None:
@@ -445,6 +445,36 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
     shown = [case["query"] for case in found["best"] + found["worst"]]
     assert shown
     assert all(query["label"] == own[query["name"]] for query in shown)
+
+
+@pytest.mark.parametrize("layout", ["folder", "table", "data set"])
+def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, folder: Path, layout: str) -> None:
+    if layout == "folder":
+        write_folder(folder)
+        (broken,) = sorted((folder / "dog").iterdir())[:1]
+        lost, options = f"dog/{broken.name}", ("--modality", "image")
+        broken.write_bytes(b"no picture")
+    elif layout == "table":
+        write_table(folder)
+        lost, options = "gone.wav", ("--modality", "audio", "--label", "kind")
+        with (folder / "table.csv").open("a") as table:
+            table.write("\ngone.wav,dog,x")
+    else:
+        datasets = pytest.importorskip("datasets")
+        write_folder(folder / "media")
+        cells = [path.read_bytes() for path in sorted((folder / "media" / "dog").iterdir())]
+        rows = {"picture": [{"bytes": cell, "path": None} for cell in (*cells, b"no picture")]}
+        rows["kind"] = ["dog"] * len(cells) + ["cat"]
+        features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+        (folder / "set").mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "set" / "train.parquet")
+        options = ("--modality", "image", "--label", "kind", "--column", "picture")
+        lost = f"set/train/{len(cells)}/picture"
+    data = {"table": "table.csv", "data set": "set"}.get(layout, "")
+    assert run(tiny_model, folder, layout.replace("data set", "table"), *options, data=data) == 0
+    found = result(folder)
+    assert found["data"]["unreadable"] == [lost]
+    assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
 
 
 @pytest.mark.parametrize(
