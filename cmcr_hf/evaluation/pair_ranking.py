@@ -117,11 +117,7 @@ def build_scorers(
         ValueError: a space does not embed the bank, or both sides lie in one; nothing is embedded before.
     """
     config, modalities = model.model.config, data.modalities
-    spaces = [config.space_of(each, text_space if each == "text" else None) for each in modalities]
-    if bank is not None and spaces[0] == spaces[1]:
-        raise ValueError(f"Both sides lie in the {spaces[0]} space, which needs no bank. Leave it out.")
-    if bank is not None:
-        _check_bank(config, bank, spaces)
+    spaces = source_spaces(config, data, bank, text_space)
     data, (first, second) = _readable_embeds(model, data, spaces)
     methods = Methods(data, {})
     scorers: dict[str, tuple[Scorer, Scorer]] = {}
@@ -185,8 +181,26 @@ def posterior_temperatures(
     return chosen, f"Posterior matching takes the temperatures {told}, {origin}."
 
 
+def source_spaces(
+    config: CMCRConfig,
+    data: PairedSet,
+    bank: Items | Mapping[str, EmbeddingStore] | None = None,
+    text_space: str | None = None,
+) -> list[str]:
+    """Return the source spaces of both sides, and check that the bank, if any, connects them.
+
+    Raises:
+        ValueError: a space does not embed the bank, or both sides lie in one.
+    """
+    spaces = [config.space_of(each, text_space if each == "text" else None) for each in data.modalities]
+    if bank is not None and spaces[0] == spaces[1]:
+        raise ValueError(f"Both sides lie in the {spaces[0]} space, which needs no bank. Leave it out.")
+    if bank is not None:
+        _check_bank(config, bank, spaces)
+    return spaces
+
+
 def _check_bank(config: CMCRConfig, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]) -> None:
-    """Refuse a bank that is not of both spaces."""
     if isinstance(bank, Items):
         for space in spaces:
             if bank.modality not in config.modalities_of(space):

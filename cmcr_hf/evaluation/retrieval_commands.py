@@ -88,7 +88,15 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _retrieval(arguments: argparse.Namespace) -> None:
     from ..training.data import Items
-    from .pair_ranking import PUBLISHED, beaten_without_training, build_scorers, measure_rankings, ranking_cases
+    from .embedding import load_config
+    from .pair_ranking import (
+        PUBLISHED,
+        beaten_without_training,
+        build_scorers,
+        measure_rankings,
+        ranking_cases,
+        source_spaces,
+    )
     from .result import MODEL, EvaluationResult
 
     data = _paired_set(arguments)
@@ -106,6 +114,8 @@ def _retrieval(arguments: argparse.Namespace) -> None:
     elif bank is not None and data.class_names:
         # For the names of the classes.
         modalities.add("text")
+    # Whether all of it goes together is known before the weights are loaded.
+    source_spaces(load_config(arguments.model, modalities), data, bank, arguments.text_space)
     with evaluated_model(arguments, *sorted(modalities)) as model:
         methods = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
         data = methods.data

@@ -23,6 +23,7 @@ from cmcr_hf.evaluation.pair_ranking import (
 from cmcr_hf.evaluation.pairs import PairedSet
 from cmcr_hf.evaluation.retrieval import label_retrieval, pair_retrieval
 from cmcr_hf.modeling.configuration_cmcr import CMCRConfig
+from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
 from cmcr_hf.training.posteriors import choose_temperatures
@@ -344,8 +345,10 @@ def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
 
 
 def test_a_bank_of_what_a_source_does_not_embed_is_refused(
-    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loaded = []
+    monkeypatch.setattr(CMCRModel, "from_pretrained", lambda *_, **__: loaded.append(1))
     (data / "photos").mkdir()
     (data / "dog.png").rename(data / "photos" / "dog.png")
     (data / "pairs.csv").write_text("picture,clip\ncat.png,cat.wav\nbell.png,bell.wav")
@@ -353,7 +356,7 @@ def test_a_bank_of_what_a_source_does_not_embed_is_refused(
     arguments += ["--columns", "image=picture", "audio=clip", "--bank", str(data / "photos")]
     assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
     assert "The clap source embeds audio and text, but the bank has image items" in capsys.readouterr().err
-    assert not (data / "out" / "stores").exists()
+    assert not loaded and not (data / "out").exists()
 
 
 def test_what_is_missing_or_cannot_be_read_is_left_out_and_listed(
