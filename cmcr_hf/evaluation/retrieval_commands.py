@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .commands import add_shared_options, evaluated_model, finish, run_settings
 
 if TYPE_CHECKING:
+    from ..modeling.configuration_cmcr import CMCRConfig
     from ..training.data import Items
     from ..training.store import EmbeddingStore
     from .pairs import PairedSet
@@ -88,7 +89,6 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _retrieval(arguments: argparse.Namespace) -> None:
     from ..training.data import Items
-    from .embedding import load_config
     from .pair_ranking import (
         PUBLISHED,
         beaten_without_training,
@@ -114,9 +114,11 @@ def _retrieval(arguments: argparse.Namespace) -> None:
     elif bank is not None and data.class_names:
         # For the names of the classes.
         modalities.add("text")
-    # Whether all of it goes together is known before the weights are loaded.
-    source_spaces(load_config(arguments.model, modalities), data, bank, arguments.text_space)
-    with evaluated_model(arguments, *sorted(modalities)) as model:
+
+    def check(config: CMCRConfig) -> None:
+        source_spaces(config, data, bank, arguments.text_space)
+
+    with evaluated_model(arguments, *sorted(modalities), check=check) as model:
         methods = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
         data = methods.data
         ranked = measure_rankings(data, methods.scorers, resamples=arguments.bootstrap, seed=arguments.seed)
