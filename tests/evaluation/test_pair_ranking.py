@@ -397,6 +397,23 @@ def test_items_that_can_be_read_are_ranked_as_if_there_were_no_others(tiny_model
         assert found["metrics"]["model"][direction] == pytest.approx(metrics)
 
 
+def test_a_picture_in_a_data_set_that_cannot_be_read_goes_with_its_captions(tiny_model: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(2)]
+    cells = [{"bytes": image, "path": None} for image in (images[0], b"no picture", images[1])]
+    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
+    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
+    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["data"]["unreadable"] == ["set/train/1/picture"]
+    assert result["data"]["items"] == {"images": 2, "texts": 3}
+    assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
 @pytest.mark.slow
 def test_a_large_matrix_of_scores_is_never_whole_in_memory() -> None:
     growth = peak_growth(
