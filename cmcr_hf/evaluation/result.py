@@ -8,8 +8,7 @@ How a task makes a result:
     `run_settings`.
 2.  A loader reads a public layout of a data set into [`Items`] (`Items.listed` takes lists of files or texts) and what
     the task needs beside them. A folder that does not hold the layout is one ValueError, which says where to get the
-    data and what the folder must look like. What is left out of them is named
-    or counted (see [`left_out`]).
+    data and what the folder must look like. What is left out of the data is named or counted (see [`left_out`]).
 3.  Items are embedded by `EvaluatedModel.embeds`, so that a second run reads the stores. Scores go to functions of
     tensors that give one value an item (a query, a clip, a row), and these to `bootstrap_means`; metrics that are no
     means go to `bootstrap_statistic`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ _EPILOG = """data:
   audiocaps        test.csv, audio/YOUTUBEID.wav                              github.com/cdjkim/audiocaps
   clotho           clotho_captions_evaluation.csv, evaluation/*.wav           zenodo.org/records/4783391
   coco             dataset_coco.json or annotations/captions_val20??.json, val2014, val2017   cocodataset.org
-A folder that lacks something is told what it has to hold and where to get it.
+A folder that lacks something is told what it has to hold and where to get it. Files that are not there or cannot be
+read are left out and listed in result.json.
 
 examples:
   cmcr evaluate retrieval --model runs/mine/model --data pairs.csv --columns image=photo audio=clip --bank texts.csv
@@ -161,11 +163,14 @@ def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
 
     named = [part.partition("=") for part in arguments.bank]
     if all(equals and space in ("clip", "clap", "ulip") for space, equals, _ in named):
+        if arguments.bank_column is not None:
+            raise ValueError("--bank-column goes with a table or a data set, got stores. Leave it out.")
         return {space: EmbeddingStore.open(folder) for space, _, folder in named}
     if len(named) > 1:
         raise ValueError(f"Expected one bank, or SPACE=STORE twice, got {' '.join(arguments.bank)}.")
     (bank,) = arguments.bank
-    if not is_address(bank) and not Path(bank).exists() and (is_table(bank) or "/" not in bank):
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", bank) is not None and not is_table(bank)
+    if not Path(bank).exists() and not is_address(bank) and not is_hub_id:
         raise ValueError(
             f"There is no file or folder {bank!r}. Name the bank: texts in a .txt, .csv, .tsv, .json, .jsonl or "
             ".parquet file, a folder of images, a Hub data set OWNER/NAME, or stores, as clip=STORE clap=STORE."

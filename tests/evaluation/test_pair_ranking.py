@@ -333,6 +333,8 @@ def test_a_second_run_embeds_nothing_and_another_table_does(
         ((*COLUMNS, "--bank-column", "text"), "--bank-column goes with --bank"),
         ((*COLUMNS, "--bank", "some/nope.txt"), "There is no file or folder 'some/nope.txt'. Name the bank: texts in"),
         ((*COLUMNS, "--bank", "nope"), "There is no file or folder 'nope'. Name the bank: texts in"),
+        ((*COLUMNS, "--bank", "/some/nope"), "There is no file or folder '/some/nope'. Name the bank: texts in"),
+        ((*COLUMNS, "--bank", "clip=a", "clap=b", "--bank-column", "text"), "with a table or a data set, got stores"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
