@@ -147,6 +147,20 @@ def run(model: Path, data: Path, *columns: str, more: tuple[str, ...] = ()) -> d
     return json.loads((data / "out" / "result.json").read_text())
 
 
+def run_data_set(tiny_model: Path, tmp_path: Path, images: list[bytes]) -> dict:
+    """Evaluate a data set of three pictures, the first with two captions."""
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": image, "path": None} for image in images]
+    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
+    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
+    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    return json.loads((tmp_path / "out" / "result.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("columns", "direction"),
     [
@@ -184,17 +198,8 @@ def test_point_clouds_are_ranked_for_images_and_texts(
 
 
 def test_a_data_set_of_pictures_and_lists_of_captions_is_ranked_and_shown(tiny_model: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(3)]
-    cells = [{"bytes": image, "path": None} for image in images]
-    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
-    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
-    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
-    assert main(arguments) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    result = run_data_set(tiny_model, tmp_path, images)
     assert result["data"]["items"] == {"images": 3, "texts": 4}
     assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -400,17 +405,8 @@ def test_items_that_can_be_read_are_ranked_as_if_there_were_no_others(tiny_model
 
 
 def test_a_picture_in_a_data_set_that_cannot_be_read_goes_with_its_captions(tiny_model: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(2)]
-    cells = [{"bytes": image, "path": None} for image in (images[0], b"no picture", images[1])]
-    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
-    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
-    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
-    assert main(arguments) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    result = run_data_set(tiny_model, tmp_path, [images[0], b"no picture", images[1]])
     assert result["data"]["unreadable"] == ["set/train/1/picture"]
     assert result["data"]["items"] == {"images": 2, "texts": 3}
     assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
