@@ -17,7 +17,8 @@ from ..modeling.losses_cmcr import symmetric_info_nce
 
 # Chosen without pairs: between the 0.01 of C-MCR's semantic consistency and the width of a posterior match.
 BRIDGE_TEMPERATURE = 0.03
-# Found with small encoders of 128 dimensions; no value is established for other widths.
+# Found with small encoders of 128 dimensions. A CLIP ViT-B/32 wants about 0.02: `choose_temperatures` of
+# cmcr_hf.training.posteriors finds what fits.
 POSTERIOR_TEMPERATURE = 0.06
 
 # Names of those that only need the bank.
@@ -84,21 +85,25 @@ def posterior_matching(
     text_b: torch.Tensor,
     b: torch.Tensor,
     *,
-    temperature: float = POSTERIOR_TEMPERATURE,
+    temperature: float | tuple[float, float] = POSTERIOR_TEMPERATURE,
 ) -> torch.Tensor:
     """Score by the probability of drawing the same text from both sides: s = sum_t p(t | a) p(t | b), in [0, 1].
 
     p(t | a) = softmax_t(a text_a^T / temperature), and p(t | b) likewise in space B. Training-free. The two spaces
     meet in probabilities only, so no vector of one modality is ever averaged into, or compared as, one of another.
+
+    Args:
+        temperature: of both spaces, or that of A and that of B.
     """
     a, text_a, text_b, b = _checked(a, text_a, text_b, b)
-    _check_positive("temperature", temperature)
-    log_partition_a = _log_partition(a, text_a, temperature)
-    log_partition_b = _log_partition(b, text_b, temperature)
+    of_a, of_b = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+    _check_positive("temperature", min(of_a, of_b))
+    log_partition_a = _log_partition(a, text_a, of_a)
+    log_partition_b = _log_partition(b, text_b, of_b)
     scores = torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device)
     for texts in _blocks(len(text_a), (len(a) + len(b)) * a.element_size()):
-        posterior_a = (a @ text_a[texts].T).div_(temperature).sub_(log_partition_a).exp_()
-        posterior_b = (b @ text_b[texts].T).div_(temperature).sub_(log_partition_b).exp_()
+        posterior_a = (a @ text_a[texts].T).div_(of_a).sub_(log_partition_a).exp_()
+        posterior_b = (b @ text_b[texts].T).div_(of_b).sub_(log_partition_b).exp_()
         scores.addmm_(posterior_a, posterior_b.T)
     return scores
 
@@ -297,13 +302,19 @@ def baseline_scorers(
     names_b: torch.Tensor | None = None,
     *,
     temperature: float | None = None,
+    posterior_temperatures: tuple[float, float] | None = None,
     linear: torch.nn.Linear | None = None,
 ) -> dict[str, tuple[Scorer, Scorer]]:
-    """Return every baseline of [`baseline_scores`] as two functions: to score some rows of a, or of b, at a time."""
+    """Return every baseline of [`baseline_scores`] as two functions: to score some rows of a, or of b, at a time.
+
+    Args:
+        posterior_temperatures: those of posterior matching in the space of a and in that of b, where they differ.
+    """
     if (names_a is None) != (names_b is None):
         raise ValueError("Got class names in one space only, expected both or neither; embed them in both spaces.")
     bridge_temperature = BRIDGE_TEMPERATURE if temperature is None else temperature
-    posterior_temperature = POSTERIOR_TEMPERATURE if temperature is None else temperature
+    one = POSTERIOR_TEMPERATURE if temperature is None else temperature
+    of_a, of_b = posterior_temperatures or (one, one)
     a, text_a, text_b, b = _checked(a, text_a, text_b, b)
 
     scorers = {}
@@ -325,8 +336,8 @@ def baseline_scorers(
     both_a, both_b = torch.cat([carried_a, a], 1), torch.cat([b, carried_b], 1) / 2
     scorers["two-way bridge"] = (inner_scorer(both_a, both_b), inner_scorer(both_b, both_a))
     scorers["posterior matching"] = (
-        lambda rows: posterior_matching(a[rows], text_a, text_b, b, temperature=posterior_temperature),
-        lambda rows: posterior_matching(b[rows], text_b, text_a, a, temperature=posterior_temperature),
+        lambda rows: posterior_matching(a[rows], text_a, text_b, b, temperature=(of_a, of_b)),
+        lambda rows: posterior_matching(b[rows], text_b, text_a, a, temperature=(of_b, of_a)),
     )
     if names_a is not None and names_b is not None:
         scorers["closed cascade"] = (

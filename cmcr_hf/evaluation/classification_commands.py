@@ -83,7 +83,7 @@ def add_classification(tasks: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _classification(arguments: argparse.Namespace) -> None:
-    from .result import MODEL, EvaluationResult
+    from .result import MODEL, EvaluationResult, shown
     from .zero_shot import (
         CLASSIFICATION,
         PUBLISHED,
@@ -102,7 +102,6 @@ def _classification(arguments: argparse.Namespace) -> None:
     own = read_templates(arguments.prompts) if arguments.prompts else arguments.template
     templates = own or TEMPLATES[modality]
     remark = None if own else TEMPLATE_NOTES[modality]
-    is_whole = arguments.fold is None and arguments.limit is None
     with evaluated_model(arguments, "text", modality) as model:
         text_space = model.model.config.space_of("text", arguments.text_space)
         data, scores = zero_shot_scores(model, data, templates, text_space=text_space)
@@ -119,7 +118,7 @@ def _classification(arguments: argparse.Namespace) -> None:
                     "fingerprint": data.items.fingerprint,
                     "licence": data.licence,
                     "missing": data.missing or None,
-                    "unreadable": data.unreadable or None,
+                    "unreadable": [shown(name) for name in data.unreadable] or None,
                 },
                 model=model.record(),
                 settings=run_settings(
@@ -131,7 +130,8 @@ def _classification(arguments: argparse.Namespace) -> None:
                 ),
                 metrics={method: {CLASSIFICATION: values} for method, values in found.metrics.items()},
                 intervals={MODEL: {CLASSIFICATION: found.intervals}},
-                published=PUBLISHED.get(arguments.layout, ()) if is_whole else (),
+                # Those of others are of all folds.
+                published=PUBLISHED.get(arguments.layout, ()) if arguments.fold is None else (),
                 best=best,
                 worst=worst,
                 breakdowns=breakdowns(scores, data, found.by_class),
@@ -147,6 +147,7 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
     from ..training.recipe import DataSpec
     from .labelled import label_items, load_audioset, load_esc50, load_imagenet, read_words
     from .modelnet40 import load_modelnet40
+    from .pairs import rooted
 
     layout, limit = arguments.layout, arguments.limit
     for option, layouts in _LAYOUTS_OF.items():
@@ -172,7 +173,12 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
         columns = None if arguments.column is None else [arguments.column]
         options = {"column": columns, "label": arguments.label, "limit": limit, **given}
         spec = data_entry(arguments.data, arguments.modality, **options)
-    items = Items([spec], arguments.modality, Path())
+    root = Path()
+    if spec.dataset is not None:
+        root, name = rooted(spec.dataset)
+        spec = replace(spec, dataset=name)
+    items = Items([spec], arguments.modality, root, strict=False)
     # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
-    every = None if spec.dataset is not None else Items([replace(spec, limit=None)], arguments.modality, Path())
-    return label_items(Path(arguments.data).name, items, words, every=every)
+    whole = replace(spec, limit=None)
+    every = None if spec.dataset is not None else Items([whole], arguments.modality, Path(), strict=False)
+    return label_items(Path(arguments.data).name, items, words, every=every, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..cli_options import add_embedding_options, not_negative, positive, tuned, usable_device
 
 if TYPE_CHECKING:
+    from ..modeling.configuration_cmcr import CMCRConfig
     from .embedding import EvaluatedModel
     from .result import EvaluationResult
 
@@ -66,19 +67,26 @@ def add_shared_options(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 @contextmanager
-def evaluated_model(arguments: argparse.Namespace, *modalities: str) -> Iterator[EvaluatedModel]:
+def evaluated_model(
+    arguments: argparse.Namespace, *modalities: str, check: Callable[[CMCRConfig], object] | None = None
+) -> Iterator[EvaluatedModel]:
     """Load the model of a command with the towers of some modalities, and keep other runs out of the output folder.
+
+    Args:
+        check: what raises if the model does not go with the data, before its weights are loaded.
 
     Raises:
         ValueError: the folder cannot be written or is in use, or the model or the device is not there.
     """
     from ..durable import locked
     from ..output import check_writable
-    from .embedding import EvaluatedModel
+    from .embedding import EvaluatedModel, load_config
 
     check_writable(arguments.output)
     _check_ours(arguments.output)
     device = usable_device(arguments.device)
+    if check is not None:
+        check(load_config(arguments.model, modalities))
     with locked(arguments.output), tuned(device, quiet=True):
         yield EvaluatedModel(
             arguments.model,
@@ -133,14 +141,12 @@ def _check_ours(folder: Path) -> None:
 
 def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> EvaluationResult:
     """Return a result that says where its data is not whole, and has then nothing published beside it."""
-    from .result import CHANCE
+    from .result import CHANCE, left_out
 
     notes = []
-    words = {"missing": "without their files", "empty": "with empty cells"}
-    counts = {word: result.data.get(name) or 0 for name, word in words.items()}
-    left = [f"{count:,} {word}" for word, count in counts.items() if isinstance(count, int) and count]
+    left = left_out(result.data)
     if left:
-        notes.append(f"Rows are left out: {' and '.join(left)}.")
+        notes.append(f"Left out: {left}.")
     part = bool(left or arguments.limit)
     if part and result.published:
         notes.append("Published numbers are of the whole data set, so none stand here.")

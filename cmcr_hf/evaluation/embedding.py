@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,41 @@ _SHARD_NUMBERS = 2**26
 REMEDY = "Pass a folder that `cmcr connect` wrote (OUTPUT/model or OUTPUT/connector), or the Hub id of a CMCRModel."
 
 
-def load_model(name: str, modalities: Collection[str] | None = None) -> tuple[CMCRModel, CMCRProcessor]:
-    """Load a model, with the towers of some modalities alone, and its processor.
+def load_config(name: str, modalities: Collection[str] | None = None) -> CMCRConfig:
+    """Load the configuration of a model.
 
     Raises:
         ValueError: there is no such model, or it does not embed a modality; says what it is.
     """
-    try:
+    with _named_errors(name):
         # transformers would take a file for a checkpoint or a configuration, by its name.
         kind = "file" if Path(name).is_file() else CMCRConfig.get_config_dict(name)[0].get("model_type")
-        if kind == CMCRConfig.model_type:
-            able = CMCRConfig.from_pretrained(name).embedded_modalities
-            if lacking := [modality for modality in modalities or () if modality not in able]:
-                raise _Unable(
-                    f"{name!r} embeds {', '.join(able)}, expected {' and '.join(modalities or ())}. Pass a "
-                    f"model that was connected with a source of {' and '.join(lacking)}."
-                )
-            model = CMCRModel.from_pretrained(name, modalities=modalities, dtype=torch.float32)
-            return model, CMCRProcessor.from_pretrained(name)
-    except _Unable as error:
-        raise ValueError(str(error)) from None
+        config = CMCRConfig.from_pretrained(name) if kind == CMCRConfig.model_type else None
+    if config is None:
+        raise ValueError(f"Expected a CMCRModel in {name!r}, got {f'a {kind}' if kind else 'none'}. {REMEDY}")
+    able = config.embedded_modalities
+    if lacking := [modality for modality in modalities or () if modality not in able]:
+        raise ValueError(
+            f"{name!r} embeds {', '.join(able)}, expected {' and '.join(modalities or ())}. Pass a model that was "
+            f"connected with a source of {' and '.join(lacking)}."
+        )
+    return config
+
+
+def load_model(name: str, modalities: Collection[str] | None = None) -> tuple[CMCRModel, CMCRProcessor]:
+    """Load a model, with the towers of some modalities alone, and its processor; errors as of [`load_config`]."""
+    load_config(name, modalities)
+    with _named_errors(name):
+        model = CMCRModel.from_pretrained(name, modalities=modalities, dtype=torch.float32)
+        return model, CMCRProcessor.from_pretrained(name)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"Cannot load the model {name!r}: {error} {REMEDY}") from error
-    raise ValueError(f"Expected a CMCRModel in {name!r}, got {f'a {kind}' if kind else 'none'}. {REMEDY}")
-
-
-class _Unable(ValueError):
-    """The model is there and lacks a modality."""
 
 
 class EvaluatedModel:

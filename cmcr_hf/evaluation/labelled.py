@@ -71,12 +71,13 @@ class LabelledSet:
 
     def readable(self, keys: Collection[str]) -> LabelledSet:
         """Return the set without the items that have none of the keys."""
-        kept = [(item, own) for item, own in zip(self.items, self.labels, strict=True) if item.key in keys]
+        named = [item.key for item in self.items]
+        rows = [row for row, key in enumerate(named) if key in keys]
         return replace(
             self,
-            items=Items.made(self.items.modality, [item for item, _ in kept], self.items.fingerprint),
-            labels=[own for _, own in kept],
-            unreadable=[item.key for item in self.items if item.key not in keys],
+            items=self.items.at(rows),
+            labels=[self.labels[row] for row in rows],
+            unreadable=[key for key in named if key not in keys],
         )
 
 
@@ -196,6 +197,7 @@ def label_items(
     every: Items | None = None,
     remedy: str = "Add it to --names.",
     licence: str | None = None,
+    strict: bool = True,
 ) -> LabelledSet:
     """Return items that each have one class, their label; the classes are those that occur, sorted.
 
@@ -204,6 +206,7 @@ def label_items(
         every: the items that the classes are of, where `items` are some of them: fewer items are told apart from no
             fewer classes.
         remedy: where a class has no words.
+        strict: as of [`LabelledSet`].
 
     Raises:
         ValueError: an item has no class, or a class no words.
@@ -231,6 +234,7 @@ def label_items(
         words=[list(words[label]) for label in classes],
         labels=[[number[label]] for label in found],
         licence=licence,
+        strict=strict,
     )
 
 

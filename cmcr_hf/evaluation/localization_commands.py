@@ -186,8 +186,6 @@ def _finish(
         notes += [GRID_NOTE] if localizer.detector is None else []
     notes += [NOTES[layout]] if layout in NOTES else []
     notes.append("In the pictures, the boxes of the data set are green, and that of the answer is red.")
-    # Those of others are of all pairs.
-    published = [Published(*PUBLISHED[layout])] if layout in PUBLISHED and arguments.limit is None else []
     best, worst = _cases(localizer, data, measured)
     result = EvaluationResult(
         task=arguments.task,
@@ -197,7 +195,7 @@ def _finish(
         settings=run_settings(arguments, "videos", layout=layout, method=arguments.method, **settings),
         metrics=measured.metrics,
         intervals=measured.intervals,
-        published=published,
+        published=[Published(*PUBLISHED[layout])] if layout in PUBLISHED else [],
         best=best,
         worst=worst,
         notes=notes,
@@ -210,7 +208,7 @@ def _cases(localizer: Localizer, data: SoundingPictures, measured: Measured) -> 
     import numpy as np
 
     from .localization import draw_located
-    from .result import Case, Shown
+    from .result import Case, Shown, first_of_classes
 
     def case(row: int) -> Case:
         pair = data.pairs[row]
@@ -219,5 +217,8 @@ def _cases(localizer: Localizer, data: SoundingPictures, measured: Measured) -> 
         return Case(shown, float(measured.values[row]), overlay=drawn, note=measured.remarks[row])
 
     order = np.argsort(measured.values, kind="stable").tolist()
-    count = min(CASES, len(order) // 2)
-    return [case(row) for row in order[::-1][:count]], [case(row) for row in order[:count]]
+    half = len(order) // 2
+    best, worst = (
+        first_of_classes(rows[:half], lambda row: data.pairs[row].label, CASES) for rows in (order[::-1], order)
+    )
+    return [case(row) for row in best], [case(row) for row in worst]

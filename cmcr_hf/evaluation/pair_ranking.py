@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ..modeling.configuration_cmcr import CMCRConfig
 from ..training.data import Items
+from ..training.posteriors import choose_temperatures
 from ..training.store import EmbeddingStore, check_same_keys
-from .baselines import TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
+from .baselines import POSTERIOR_TEMPERATURE, TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
 from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
 from .embedding import EvaluatedModel
 from .pairs import PairedSet
-from .result import CHANCE, MODEL, Case, Metrics, Published, Shown, number, said
+from .result import CHANCE, MODEL, Case, Metrics, Published, Shown, first_of_classes, number, said
 from .retrieval import expected_average_precision, pair_chance, pair_values, relevance_values
 
 MEAN = "mean of both directions"
@@ -57,6 +59,24 @@ PUBLISHED = {
 # Scores of one block, 64 MB in float32, and those that are ranked at once.
 _SCORED, _RANKED = 2**24, 2**21
 CASES, FOUND = 8, 5
+# Of fewer, too few texts are left to answer when some ask.
+_LEAST_BANK = 4
+
+
+@dataclass
+class Methods:
+    """The model and what there is to compare with it, over the items that can be read.
+
+    Args:
+        scorers: by method, what scores some rows of either side.
+        temperatures: of posterior matching by space, where it is among them.
+        notes: for the reader of a result.
+    """
+
+    data: PairedSet
+    scorers: dict[str, tuple[Scorer, Scorer]]
+    temperatures: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -79,25 +99,27 @@ def build_scorers(
     *,
     bank: Items | Mapping[str, EmbeddingStore] | None = None,
     text_space: str | None = None,
-) -> dict[str, tuple[Scorer, Scorer]]:
+) -> Methods:
     """Embed both sides, and return the model and what there is to compare with it as functions that score.
 
     Of sides that lie in one source space, that source alone; of others the cosine as if their spaces were one, where
     their widths agree, the baselines over a bank, and, for texts, the source of the other side alone, where it has a
-    text tower: there, the modalities were paired in training.
+    text tower: there, the modalities were paired in training. Posterior matching takes the temperatures that the
+    model was trained with, by bridge distillation; of other models they are chosen from the bank and the items of both
+    sides (see [`choose_temperatures`]), of which neither pairs nor classes are looked at. Items that cannot be read
+    are left out.
 
     Args:
         bank: items of a modality that both spaces have, or their stores by space.
         text_space: of the texts; by default that of the model.
 
     Raises:
-        ValueError: a space does not embed the bank, or both sides lie in one.
+        ValueError: a space does not embed the bank, or both sides lie in one; nothing is embedded before.
     """
     config, modalities = model.model.config, data.modalities
-    spaces = [config.space_of(each, text_space if each == "text" else None) for each in modalities]
-    if bank is not None and spaces[0] == spaces[1]:
-        raise ValueError(f"Both sides lie in the {spaces[0]} space, which needs no bank. Leave it out.")
-    first, second = (model.source_embeds(part, space) for part, space in zip(data.sides, spaces, strict=True))
+    spaces = source_spaces(config, data, bank, text_space)
+    data, (first, second) = _readable_embeds(model, data, spaces)
+    methods = Methods(data, {})
     scorers: dict[str, tuple[Scorer, Scorer]] = {}
     if spaces[0] == spaces[1]:
         scorers[f"{spaces[0]} alone"] = (inner_scorer(first, second), inner_scorer(second, first))
@@ -107,7 +129,9 @@ def build_scorers(
         if data.class_names and modality == "text":
             words = Items.listed("text", [name.replace("_", " ") for name in data.class_names])
             names = [model.source_embeds(words, space) for space in spaces]
-        scorers |= baseline_scorers(first, second, *banks, *names)
+        chosen, note = posterior_temperatures(config, spaces, banks, (first, second))
+        methods.temperatures, methods.notes = dict(zip(spaces, chosen, strict=True)), [note]
+        scorers |= baseline_scorers(first, second, *banks, *names, posterior_temperatures=chosen)
     elif first.shape[1] == second.shape[1]:
         scorers["unconnected"] = (inner_scorer(first, second), inner_scorer(second, first))
     for side, own in enumerate(modalities):
@@ -120,14 +144,63 @@ def build_scorers(
         model.project(embeds, modality, space)
         for embeds, modality, space in zip((first, second), modalities, spaces, strict=True)
     )
-    return {**scorers, MODEL: (inner_scorer(a, b), inner_scorer(b, a))}
+    methods.scorers = {**scorers, MODEL: (inner_scorer(a, b), inner_scorer(b, a))}
+    return methods
 
 
-def _bank_embeds(
-    model: EvaluatedModel, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]
-) -> tuple[list[torch.Tensor], str]:
-    """Return the bank in each of two spaces, and what it is made of."""
-    config = model.model.config
+def _readable_embeds(
+    model: EvaluatedModel, data: PairedSet, spaces: Sequence[str]
+) -> tuple[PairedSet, list[torch.Tensor]]:
+    """Return what of the data can be read, and its embeddings in the sources."""
+    stores = [model.source_store(side, space, strict=False) for side, space in zip(data.sides, spaces, strict=True)]
+    embeds = [store.tensor().float() for store in stores]
+    if any(store.skipped for store in stores):
+        data, rows = data.readable([set(store.keys()) for store in stores])
+        embeds = [side[own] for side, own in zip(embeds, rows, strict=True)]
+    return data, embeds
+
+
+def posterior_temperatures(
+    config: CMCRConfig, spaces: Sequence[str], banks: Sequence[torch.Tensor], sides: Sequence[torch.Tensor]
+) -> tuple[tuple[float, float], str]:
+    """Return the temperatures of posterior matching in both spaces, and the sentence that tells them."""
+    known = config.posterior_temperatures or {}
+    chosen = (POSTERIOR_TEMPERATURE, POSTERIOR_TEMPERATURE)
+    origin = "the usual ones of small encoders, since the bank is too small or too uniform to choose others"
+    if all(space in known for space in spaces):
+        chosen = (float(known[spaces[0]]), float(known[spaces[1]]))
+        origin = "with which the model was trained"
+    elif len(banks[0]) >= _LEAST_BANK:
+        try:
+            chosen = choose_temperatures(banks[0], sides[0], banks[1], sides[1])
+            origin = "chosen from the bank and the items of both sides, without a look at pairs or classes"
+        except ValueError:
+            # The texts of the bank are all the same.
+            pass
+    told = " and ".join(f"{value:.3g} in {space}" for value, space in zip(chosen, spaces, strict=True))
+    return chosen, f"Posterior matching takes the temperatures {told}, {origin}."
+
+
+def source_spaces(
+    config: CMCRConfig,
+    data: PairedSet,
+    bank: Items | Mapping[str, EmbeddingStore] | None = None,
+    text_space: str | None = None,
+) -> list[str]:
+    """Return the source spaces of both sides, and check that the bank, if any, connects them.
+
+    Raises:
+        ValueError: a space does not embed the bank, or both sides lie in one.
+    """
+    spaces = [config.space_of(each, text_space if each == "text" else None) for each in data.modalities]
+    if bank is not None and spaces[0] == spaces[1]:
+        raise ValueError(f"Both sides lie in the {spaces[0]} space, which needs no bank. Leave it out.")
+    if bank is not None:
+        _check_bank(config, bank, spaces)
+    return spaces
+
+
+def _check_bank(config: CMCRConfig, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]) -> None:
     if isinstance(bank, Items):
         for space in spaces:
             if bank.modality not in config.modalities_of(space):
@@ -135,7 +208,7 @@ def _bank_embeds(
                     f"The {space} source embeds {' and '.join(config.modalities_of(space))}, but the bank has "
                     f"{bank.modality} items. Name a bank of what both sources embed."
                 )
-        return [model.source_embeds(bank, space) for space in spaces], bank.modality
+        return
     for space in spaces:
         width = (config.projectors or {})[space]["input_dim"]
         store = bank.get(space)
@@ -146,6 +219,15 @@ def _bank_embeds(
             )
     first, second = (bank[space] for space in spaces)
     check_same_keys((str(first.folder), first.keys()), (str(second.folder), second.keys()))
+
+
+def _bank_embeds(
+    model: EvaluatedModel, bank: Items | Mapping[str, EmbeddingStore], spaces: Sequence[str]
+) -> tuple[list[torch.Tensor], str]:
+    """Return the bank in each of two spaces, and what it is made of."""
+    if isinstance(bank, Items):
+        return [model.source_embeds(bank, space) for space in spaces], bank.modality
+    first, second = (bank[space] for space in spaces)
     return [first.tensor().float(), second.tensor().float()], first.modality
 
 
@@ -248,8 +330,8 @@ def _summary_intervals(
     return found
 
 
-def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
-    """Return a sentence that names where a bridge, which needs no training, ranks better than the model, if any."""
+def beaten_without_training(metrics: Mapping[str, Metrics]) -> list[str]:
+    """Return a sentence that names where what needs no training ranks better than the model, if anywhere."""
     below = []
     for group, values in metrics[MODEL].items():
         rivals = {name: metrics[name][group]["mAP"] for name in TRAINING_FREE if group in metrics.get(name, {})}
@@ -259,15 +341,20 @@ def compare_with_bridges(metrics: Mapping[str, Metrics]) -> list[str]:
     if not below:
         return []
     return [
-        "The model ranks worse than a bridge that needs no training, but the bank at every query, by mAP: "
-        f"{'; '.join(below)}."
+        f"The model ranks worse than what needs no training, but the bank at every query, by mAP: {'; '.join(below)}."
     ]
 
 
 def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
-    """Return the queries of the first side that are answered best and worst, with what is ranked first for them."""
+    """Return queries of the first side that are answered best and worst, with what is ranked first for them.
+
+    They are of the better and of the worse half, of a class a few at most while there are others.
+    """
     order = precision.argsort(descending=True, stable=True).tolist()
-    chosen = [order[:CASES], order[::-1][: max(0, min(CASES, len(order) - CASES))]]
+    half = max(CASES, len(order) // 2)
+    chosen = [
+        first_of_classes(rows, lambda row: _label(data, 0, row), CASES) for rows in (order[:half], order[half:][::-1])
+    ]
     found: dict[int, tuple[list[int], list[float], set[int]]] = {}
     notes: dict[int, str] = {}
     for row in [row for part in chosen for row in part]:

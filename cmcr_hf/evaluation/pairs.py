@@ -3,7 +3,7 @@
 No benchmark comes with this package, and none is downloaded. Where a row names a file, equal names are one item, so
 that an image with five captions in five rows is one image. A caption is an item of its own row, also where its words
 are those of another: as in the published protocols, only its own picture is right, and the two rank as ties. Rows
-without a name or a text on either side are passed over and counted.
+without a name or a text on either side are passed over and counted, files that are not there passed over and named.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from ..training.data import SUFFIXES, Items, is_table, load_table
 from ..training.places import is_address
 from ..training.recipe import DataSpec
+from .result import left_out, shown
 
 AVE = (
     "Annotations.txt of github.com/YapengTian/AVE-ECCV18 (lines Category&VideoID&Quality&StartTime&EndTime), and of "
@@ -60,7 +62,8 @@ class PairedSet:
         pairs: `(pairs, 2)` rows of both sides that belong together; every item is in one. None where items are right
             for each other by their classes alone.
         classes: of each side, `(items, classes)` bool, where items have classes, and their names.
-        missing: rows whose files are not there.
+        missing: what is not there: names of files, or of what should have one.
+        unreadable: items that were left out, since they cannot be read.
         empty: rows without a name or a text on a side.
     """
 
@@ -69,7 +72,8 @@ class PairedSet:
     pairs: torch.Tensor | None
     classes: tuple[torch.Tensor, torch.Tensor] | None = None
     class_names: Sequence[str] = ()
-    missing: int = 0
+    missing: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     empty: int = 0
     licence: str | None = None
 
@@ -111,6 +115,42 @@ class PairedSet:
             return set(self.same_class(side, slice(row, row + 1))[0].nonzero()[:, 0].tolist())
         return set(self.pairs[self.pairs[:, side] == row, 1 - side].tolist())
 
+    def readable(self, keys: Sequence[Collection[str]]) -> tuple[PairedSet, list[torch.Tensor]]:
+        """Return the set without the items that have none of their side's keys, nor what belongs to those alone.
+
+        With it comes where its items are among those that have one, `(items,)` of each side.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        named = [[item.key for item in side] for side in self.sides]
+        there = [torch.tensor([key in own for key in side]) for side, own in zip(named, keys, strict=True)]
+        pairs, classes, class_names = self.pairs, self.classes, self.class_names
+        if pairs is not None:
+            pairs = pairs[there[0][pairs[:, 0]] & there[1][pairs[:, 1]]]
+            rows = [pairs[:, side].unique() for side in (0, 1)]
+            pairs = torch.stack([torch.searchsorted(rows[side], pairs[:, side].contiguous()) for side in (0, 1)], 1)
+        elif classes is not None:
+            others = [classes[1 - side][there[1 - side]].any(0) for side in (0, 1)]
+            rows = [(there[side] & (classes[side] & others[side]).any(1)).nonzero()[:, 0] for side in (0, 1)]
+        if not all(map(len, rows)):
+            raise ValueError(f"There is no pair in {self.name} that can be read. Repair its files, or get them anew.")
+        if classes is not None:
+            first, second = (members[own] for members, own in zip(classes, rows, strict=True))
+            used = first.any(0) | second.any(0)
+            classes = (first[:, used], second[:, used])
+            class_names = [name for name, kept in zip(class_names, used.tolist(), strict=True) if kept]
+        sides = [side.at(own.tolist()) for side, own in zip(self.sides, rows, strict=True)]
+        rest = replace(
+            self,
+            sides=(sides[0], sides[1]),
+            pairs=pairs,
+            classes=classes,
+            class_names=class_names,
+            unreadable=[key for side, own in zip(named, keys, strict=True) for key in side if key not in own],
+        )
+        return rest, [found.cumsum(0)[own] - 1 for found, own in zip(there, rows, strict=True)]
+
     def record(self) -> dict[str, Any]:
         """Return what a result says of the data."""
         nouns = {"audio": "clips", "image": "images", "text": "texts", "point_cloud": "clouds"}
@@ -125,7 +165,8 @@ class PairedSet:
             "name": self.name,
             "items": {**counts, **({"classes": len(self.class_names)} if self.class_names else {})},
             "fingerprint": fingerprint,
-            "missing": self.missing,
+            "missing": [shown(name) for name in self.missing] or None,
+            "unreadable": [shown(name) for name in self.unreadable] or None,
             "empty": self.empty,
             "licence": self.licence,
         }
@@ -140,14 +181,16 @@ class _Rows:
         self.modalities, self.folders, self.limit = modalities, folders, limit
         self.names: tuple[list[str], list[str]] = ([], [])
         self.pairs: dict[tuple[int, int], None] = {}
-        self.empty = self.missing = 0
+        self.empty = 0
+        self.missing: dict[str, None] = {}
+        self._found: tuple[dict[str, bool], dict[str, bool]] = ({}, {})
         self._rows: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._labels: tuple[dict[int, set[str]], dict[int, set[str]]] = (defaultdict(set), defaultdict(set))
         # The limit counts what has several captions, not those.
         self._counted = 1 if modalities[0] == "text" else 0
 
     def add(self, first: Sequence[Any], second: Sequence[Any], labels: Iterable[Any] = ()) -> None:
-        """Add a row: what is in its cells of either side belongs together; an empty cell is none."""
+        """Add a row: what is in its cells of either side belongs together, but for empty ones and missing files."""
         # NaN, which is not itself, is how pandas writes an empty cell.
         cells = [
             [str(cell) for cell in side if cell is not None and cell == cell and str(cell).strip()]
@@ -159,12 +202,24 @@ class _Rows:
         known, names = self._rows[self._counted], self.names[self._counted]
         if self.limit and len(names) >= self.limit and not any(cell in known for cell in cells[self._counted]):
             return
+        cells = [[cell for cell in own if self._is_there(side, cell)] for side, own in enumerate(cells)]
+        if not all(cells):
+            return
         firsts, seconds = ([self._row(side, cell) for cell in own] for side, own in enumerate(cells))
         self.pairs |= dict.fromkeys((one, other) for one in firsts for other in seconds)
         own = {str(label) for label in labels if label not in (None, "")}
         for side, rows in enumerate((firsts, seconds)):
             for row in rows:
                 self._labels[side][row] |= own
+
+    def _is_there(self, side: int, cell: str) -> bool:
+        folder, found = self.folders[side], self._found[side]
+        if folder is None:
+            return True
+        if cell not in found:
+            found[cell] = os.path.isfile(os.path.join(folder, cell))
+            self.missing |= {} if found[cell] else {cell: None}
+        return found[cell]
 
     def _row(self, side: int, cell: str) -> int:
         names, rows = self.names[side], self._rows[side]
@@ -175,8 +230,8 @@ class _Rows:
 
     def gather(self, name: str, remedy: str, licence: str | None = None) -> PairedSet:
         if not self.pairs:
-            counts = f"{self.missing} rows without their files and {self.empty} empty ones"
-            raise ValueError(f"There is no pair in {name}, but {counts}. {remedy}")
+            left = left_out({"missing": list(self.missing), "empty": self.empty})
+            raise ValueError(f"There is no pair in {name}{left and f', but {left}'}. {remedy}")
         sides = [
             Items.listed(modality, names, folder)
             for modality, names, folder in zip(self.modalities, self.names, self.folders, strict=True)
@@ -189,7 +244,7 @@ class _Rows:
             pairs=torch.tensor(list(self.pairs)),
             classes=classes,
             class_names=class_names,
-            missing=self.missing,
+            missing=list(self.missing),
             empty=self.empty,
             licence=licence,
         )
@@ -226,7 +281,7 @@ def load_pairs(
         files: folder that the file names of a table are relative to; the table's own by default.
 
     Raises:
-        ValueError: a column is missing, or a file is; names it.
+        ValueError: a column is missing, or all files are; names it.
     """
     by_kind: dict[str, list[str]] = defaultdict(list)
     for kind, column in columns:
@@ -253,7 +308,7 @@ def load_pairs(
     for row in range(len(table[by_kind[first][0]])):
         one, other = (_cells(table, kind, by_kind[kind], row) for kind in (first, second))
         rows.add(one, other, [table[label[0]][row]] if label else [])
-    return rows.gather(path.name, "Check the columns.")
+    return rows.gather(path.name, f"Check the columns, and the files in {str(folder)!r}.")
 
 
 def _cells(table: dict[str, list[Any]], kind: str, columns: Sequence[str], row: int) -> list[Any]:
@@ -270,21 +325,28 @@ def _cells(table: dict[str, list[Any]], kind: str, columns: Sequence[str], row: 
     return spread
 
 
+def rooted(data: str) -> tuple[Path, str]:
+    """Return a root and a name below it for a data set, such that the keys of its items name no place of a machine."""
+    path = Path(data)
+    return (path.parent, path.name) if path.is_absolute() else (Path(), data)
+
+
 def _load_data_set(
     data: str, by_kind: dict[str, list[str]], label: str | None, config: str | None, split: str, limit: int | None
 ) -> PairedSet:
     """Read pairs from a data set: media stay in it and are read when they are embedded, texts are held in memory."""
+    root, name = rooted(data)
     sides: list[Items] = []
     places: list[list[str]] = []
     labels: list[list[set[str]]] = []
     for kind, columns in by_kind.items():
         # With any limit, rows are numbered through all files of the data set.
         most = limit if kind != "text" or limit is None else sys.maxsize
-        spec = DataSpec(dataset=data, column=columns, config=config, split=split, label=label, limit=most)
-        items = Items([spec], kind, Path())
+        spec = DataSpec(dataset=name, column=columns, config=config, split=split, label=label, limit=most)
+        items = Items([spec], kind, root)
         found = [(item.key, item.value, item.label) for item in items] if kind == "text" else None
         keyed = found or [(item.key, None, item.label) for item in items]
-        places.append([key.removeprefix(f"{data}/{split}/").split("/")[0] for key, _, _ in keyed])
+        places.append([key.removeprefix(f"{name}/{split}/").split("/")[0] for key, _, _ in keyed])
         labels.append([set() if own is None else {own} for _, _, own in keyed])
         sides.append(items if found is None else Items.listed("text", [str(value) for _, value, _ in found]))
     data_set = _align(Path(data).name, sides, places, labels)
@@ -332,7 +394,7 @@ def load_folders(images: Path, audio: Path, label: str, limit: int | None = None
     from .connection import check_classes
 
     sides = [
-        Items([DataSpec(folder=str(folder), label=label, limit=limit)], modality, Path())
+        Items([DataSpec(folder=str(folder), label=label, limit=limit)], modality, Path(), strict=False)
         for modality, folder in (("audio", audio), ("image", images))
     ]
     labels = [[{str(item.label)} for item in side] for side in sides]
@@ -387,7 +449,7 @@ def _sounding(
         if stem in sounds and stem in frames:
             rows.add([sounds[stem]], [frames[stem]], [label])
         else:
-            rows.missing += 1
+            rows.missing[stem] = None
     return rows.gather(name, remedy, "research only")
 
 
@@ -419,7 +481,7 @@ def load_audiocaps(folder: Path, split: str = "test", *, limit: int | None = Non
         if (video, start) in found:
             rows.add([found[video, start]], [caption])
         else:
-            rows.missing += 1
+            rows.missing[video] = None
     return rows.gather("AudioCaps", remedy, "MIT (the captions)")
 
 
@@ -434,10 +496,7 @@ def load_clotho(folder: Path, split: str = "evaluation", *, limit: int | None = 
         raise ValueError(f"Expected Clotho. {remedy} ({error})") from error
     rows = _Rows(("audio", "text"), (folder / split, None), limit)
     for name, *own in zip(names, *captions, strict=True):
-        if (folder / split / name).is_file():
-            rows.add([name], own)
-        else:
-            rows.missing += 1
+        rows.add([name], own)
     return rows.gather("Clotho", remedy, "Tampere University licence, research only")
 
 
@@ -468,9 +527,6 @@ def load_coco(folder: Path, split: str = "test", *, limit: int | None = None) ->
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected COCO captions. {remedy} ({error!s:.200})") from error
     rows = _Rows(("image", "text"), (folder, None), limit)
-    there = {name for name in dict.fromkeys(name for name, _ in entries) if (folder / name).is_file()}
-    rows.missing = len({name for name, _ in entries} - there)
     for name, caption in entries:
-        if name in there:
-            rows.add([name], [caption])
+        rows.add([name], [caption])
     return rows.gather("COCO", remedy, "CC BY 4.0 (the captions); Flickr terms (the images)")

@@ -8,8 +8,7 @@ How a task makes a result:
     `run_settings`.
 2.  A loader reads a public layout of a data set into [`Items`] (`Items.listed` takes lists of files or texts) and what
     the task needs beside them. A folder that does not hold the layout is one ValueError, which says where to get the
-    data and what the folder must look like. Rows whose files are not there are left out and counted:
-    `data["missing"]`.
+    data and what the folder must look like. What is left out of the data is named or counted (see [`left_out`]).
 3.  Items are embedded by `EvaluatedModel.embeds`, so that a second run reads the stores. Scores go to functions of
     tensors that give one value an item (a query, a clip, a row), and these to `bootstrap_means`; metrics that are no
     means go to `bootstrap_statistic`.
@@ -31,8 +30,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ Metrics = Mapping[str, Mapping[str, float]]
 MODEL, CHANCE = "model", "chance"
 RESULT, PAGE = "result.json", "report.html"
 PACKAGES = ("cmcr-hf", "torch", "transformers", "numpy")
+# Cases of one class while there are others.
+_OF_A_CLASS = 2
+# What data may be without, what it is numbers of, and why.
+_LEFT_OUT = (
+    ("missing", "items", "no such file"),
+    ("unreadable", "items", "cannot be read"),
+    ("empty", "rows", "an empty cell"),
+)
 
 
 @dataclass
@@ -149,7 +158,7 @@ class EvaluationResult:
 
     def format(self) -> str:
         """Return the result as text: what was measured, a table a group, published numbers, notes."""
-        counts = ", ".join(f"{count:,} {name}" for name, count in self.data.get("items", {}).items())
+        counts = ", ".join(counted(count, name) for name, count in self.data.get("items", {}).items())
         parts = [f"{self.title}: {counts}" if counts else self.title]
         for group, names in self.groups.items():
             rows = [[said(group), *names]]
@@ -239,6 +248,48 @@ def shown(name: str | Path) -> str:
 def said(group: str) -> str:
     """Return a group such as `audio_to_image` as a reader says it."""
     return group.replace("_to_", " → ").replace("_", " ")
+
+
+def noun(count: int, plural: str) -> str:
+    """Return the noun that goes with a number, such as "class" for 1 and "classes"."""
+    return re.sub("(?<=ss)es$|s$", "", plural) if count == 1 else plural
+
+
+def counted(count: int, plural: str) -> str:
+    """Return a number with its noun, such as "1 class" or "1,200 clips"."""
+    return f"{count:,} {noun(count, plural)}"
+
+
+def left_out(data: Mapping[str, Any]) -> str:
+    """Say what a data set is without and why, nothing of a whole one.
+
+    Args:
+        data: numbers, or lists of names, of what is `missing`, `unreadable` and `empty`.
+    """
+    parts = []
+    for name, plural, reason in _LEFT_OUT:
+        found = data.get(name) or 0
+        named = found if isinstance(found, list) else []
+        if found:
+            example = f", for example {named[0]}" if named else ""
+            parts.append(f"{counted(len(named) or found, plural)} ({reason}{example})")
+    return ", ".join(parts)
+
+
+def first_of_classes(rows: Sequence[int], label: Callable[[int], str | None], count: int) -> list[int]:
+    """Return so many rows, the first ones, but of a class no more than a few while there are others; in their order.
+
+    Args:
+        label: the class of a row, None where it has none.
+    """
+    times: Counter[str] = Counter()
+    places: tuple[list[int], list[int]] = ([], [])
+    for place, row in enumerate(rows):
+        own = label(row)
+        places[own is not None and times[own] >= _OF_A_CLASS].append(place)
+        if own is not None:
+            times[own] += 1
+    return [rows[place] for place in sorted([*places[0], *places[1]][:count])]
 
 
 def number(value: float | None, metric: str = "") -> str:

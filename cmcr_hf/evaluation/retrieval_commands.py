@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .commands import add_shared_options, evaluated_model, finish, run_settings
 
 if TYPE_CHECKING:
+    from ..modeling.configuration_cmcr import CMCRConfig
     from ..training.data import Items
     from ..training.store import EmbeddingStore
     from .pairs import PairedSet
@@ -37,7 +39,8 @@ _EPILOG = """data:
   audiocaps        test.csv, audio/YOUTUBEID.wav                              github.com/cdjkim/audiocaps
   clotho           clotho_captions_evaluation.csv, evaluation/*.wav           zenodo.org/records/4783391
   coco             dataset_coco.json or annotations/captions_val20??.json, val2014, val2017   cocodataset.org
-A folder that lacks something is told what it has to hold and where to get it.
+A folder that lacks something is told what it has to hold and where to get it. Files that are not there or cannot be
+read are left out and listed in result.json.
 
 examples:
   cmcr evaluate retrieval --model runs/mine/model --data pairs.csv --columns image=photo audio=clip --bank texts.csv
@@ -88,10 +91,24 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _retrieval(arguments: argparse.Namespace) -> None:
     from ..training.data import Items
-    from .pair_ranking import PUBLISHED, build_scorers, compare_with_bridges, measure_rankings, ranking_cases
+    from .pair_ranking import (
+        PUBLISHED,
+        beaten_without_training,
+        build_scorers,
+        measure_rankings,
+        ranking_cases,
+        source_spaces,
+    )
     from .result import MODEL, EvaluationResult
 
     data = _paired_set(arguments)
+    if arguments.text_space is not None and "text" not in data.modalities:
+        raise ValueError(
+            f"--text-space says which source embeds the texts of the data, which has {' and '.join(data.modalities)} "
+            "items. Leave it out."
+        )
+    if arguments.bank is None and arguments.bank_column is not None:
+        raise ValueError("--bank-column goes with --bank, which is not given. Name the bank too, or leave it out.")
     bank = None if arguments.bank is None else _bank(arguments)
     modalities = set(data.modalities)
     if isinstance(bank, Items):
@@ -99,10 +116,15 @@ def _retrieval(arguments: argparse.Namespace) -> None:
     elif bank is not None and data.class_names:
         # For the names of the classes.
         modalities.add("text")
-    with evaluated_model(arguments, *sorted(modalities)) as model:
-        scorers = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
-        ranked = measure_rankings(data, scorers, resamples=arguments.bootstrap, seed=arguments.seed)
-        best, worst = ranking_cases(data, scorers[MODEL][0], ranked.precision)
+
+    def check(config: CMCRConfig) -> None:
+        source_spaces(config, data, bank, arguments.text_space)
+
+    with evaluated_model(arguments, *sorted(modalities), check=check) as model:
+        methods = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
+        data = methods.data
+        ranked = measure_rankings(data, methods.scorers, resamples=arguments.bootstrap, seed=arguments.seed)
+        best, worst = ranking_cases(data, methods.scorers[MODEL][0], ranked.precision)
         kind = "-".join("3D" if name == "point_cloud" else name for name in data.modalities)
         described: dict[str, str | int] = {}
         if isinstance(bank, Items):
@@ -121,28 +143,38 @@ def _retrieval(arguments: argparse.Namespace) -> None:
                     "queries, texts of one item together, the gallery as it is",
                     text_space=arguments.text_space,
                     bank=described,
+                    posterior_temperatures=methods.temperatures,
                 ),
                 metrics=ranked.metrics,
                 intervals=ranked.intervals,
                 published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
-                notes=compare_with_bridges(ranked.metrics),
+                notes=[*methods.notes, *beaten_without_training(ranked.metrics)],
             ),
         )
 
 
 def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
-    from ..training.data import Items
+    from ..training.data import Items, is_table
     from ..training.embed_command import data_entry
+    from ..training.places import is_address
     from ..training.store import EmbeddingStore
 
     named = [part.partition("=") for part in arguments.bank]
     if all(equals and space in ("clip", "clap", "ulip") for space, equals, _ in named):
+        if arguments.bank_column is not None:
+            raise ValueError("--bank-column goes with a table or a data set, got stores. Leave it out.")
         return {space: EmbeddingStore.open(folder) for space, _, folder in named}
     if len(named) > 1:
         raise ValueError(f"Expected one bank, or SPACE=STORE twice, got {' '.join(arguments.bank)}.")
     (bank,) = arguments.bank
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", bank) is not None and not is_table(bank)
+    if not Path(bank).exists() and not is_address(bank) and not is_hub_id:
+        raise ValueError(
+            f"There is no file or folder {bank!r}. Name the bank: texts in a .txt, .csv, .tsv, .json, .jsonl or "
+            ".parquet file, a folder of images, a Hub data set OWNER/NAME, or stores, as clip=STORE clap=STORE."
+        )
     modality = "image" if Path(bank).is_dir() and arguments.bank_column is None else "text"
     columns = None if arguments.bank_column is None else [arguments.bank_column]
     return Items([data_entry(bank, modality, column=columns)], modality, Path())

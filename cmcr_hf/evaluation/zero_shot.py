@@ -18,7 +18,7 @@ from .connection import CLASSIFICATION
 from .embedding import EvaluatedModel
 from .labelled import LabelledSet
 from .modelnet40 import TEMPLATES as POINT_CLOUD_TEMPLATES
-from .result import CHANCE, MODEL, Breakdown, Case, Published, Shown
+from .result import CHANCE, MODEL, Breakdown, Case, Published, Shown, counted
 from .retrieval import expected_average_precision
 
 # The subset of the 80 templates of the CLIP paper that its authors found to do better than all of them, in
@@ -162,7 +162,7 @@ def breakdowns(scores: torch.Tensor, data: LabelledSet, by_class: torch.Tensor) 
     """Return the classes by what [`measure`] found of them, and of single classes those that are confused most."""
     words, counts = class_words(data), Counter(index for own in data.labels for index in own)
     rows = [
-        (words[index], value, f"{counts[index]:,} items")
+        (words[index], value, counted(counts[index], "items"))
         for index, value in enumerate(by_class.tolist())
         if not math.isnan(value)
     ]
@@ -173,7 +173,7 @@ def breakdowns(scores: torch.Tensor, data: LabelledSet, by_class: torch.Tensor) 
         (own, found) for (own,), found in zip(data.labels, scores.argmax(1).tolist(), strict=True) if own != found
     )
     confused = [
-        (f"{words[own]} → {words[found]}", number / counts[own], f"{number:,} of {counts[own]:,} items")
+        (f"{words[own]} → {words[found]}", number / counts[own], f"{number:,} of {counted(counts[own], 'items')}")
         for (own, found), number in pairs.most_common(CONFUSED)
     ]
     return [Breakdown("Accuracy by class", rows), Breakdown("Taken for another class, most often first", confused)]
@@ -229,12 +229,8 @@ def _one_a_class(rows: Sequence[int], data: LabelledSet) -> list[int]:
 def notes(data: LabelledSet, by_class: torch.Tensor) -> list[str]:
     """Return what a reader of the numbers must know of a set."""
     found = []
-    listed = len(data.missing) + len(data.unreadable) + len(data.labels)
-    for names, reason in ((data.missing, "are not there"), (data.unreadable, "cannot be read")):
-        if names:
-            found.append(f"{len(names):,} of {listed:,} items {reason} and are left out.")
     if empty := int(by_class.isnan().sum()):
-        found.append(f"{empty:,} of {len(by_class):,} classes have no item here and are left out of the mean.")
+        found.append(f"Left out of the mean: {counted(empty, 'classes')} without an item here, of {len(by_class):,}.")
     times = Counter(words[0] for words in data.words)
     if same := [word for word, count in times.items() if count > 1]:
         found.append(f"Classes of one name cannot be told apart: {', '.join(same)}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..evaluation.result import CHANCE, MODEL, Case, EvaluationResult, Shown, number, said
+from ..evaluation.result import CHANCE, MODEL, Case, EvaluationResult, Shown, noun, number, said
 from ..modeling.image_loading_cmcr import load_image
 from ..training.data import RemoteFile
 from .charts import ceiling
@@ -19,6 +19,25 @@ from .page import cloud_uri, data_uri, picture_uri, render, sound_uri, write_pag
 CASES, FOUND, OVERLAY_SIDE = 8, 5, 480
 # Rows of a breakdown from either end, and entries of a list among the settings.
 ROWS, LISTED = 10, 20
+# What a method is, and whether it knows classes or pairs.
+EXPLAINED = {
+    CHANCE: "A random answer, by its exact expectation. Knows nothing.",
+    "unconnected": "The cosine as if both sources had one space. Knows neither classes nor pairs.",
+    "ridge": "A linear map between the sources, fitted to the bank by least squares. Knows neither classes nor pairs.",
+    "procrustes": "The rotation between the sources that fits the bank best. Knows neither classes nor pairs.",
+    "linear map": "One linear layer, trained on the bank by InfoNCE. Knows neither classes nor pairs.",
+    "one-way bridge": "The query is carried into the other source as the mean of the items of the bank that are near "
+    "it. Trains nothing, needs the bank at every query, and knows neither classes nor pairs.",
+    "two-way bridge": "The mean of the one-way bridges from either side. Trains nothing, needs the bank at every "
+    "query, and knows neither classes nor pairs.",
+    "posterior matching": "The probability that both sides draw the same item of the bank. Trains nothing, needs the "
+    "bank at every query, and knows neither classes nor pairs.",
+    "closed cascade": "The query is told among the names of the classes, and the name is what is searched for in the "
+    "other source. Knows the classes, and that there are no others; no pairs.",
+    "whole picture": "The whole picture is the answer. Knows no sound.",
+    "centre": "The centre of the picture is the answer. Knows no sound.",
+}
+ALONE = "That source by itself, without a connection. Its training knew pairs of these modalities, no classes."
 
 
 def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
@@ -36,10 +55,18 @@ def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
             for entry in result.breakdowns
             if entry.rows
         ],
+        "explained": _explained(result),
+        "noun": noun,
         "sources": dict.fromkeys(entry.source for entry in result.published),
         "facts": [*_flat(result.data, "data "), *_flat(result.model, "model "), *_flat(result.settings)],
     }
     write_page(path, render("evaluation.html.jinja", context))
+
+
+def _explained(result: EvaluationResult) -> dict[str, str]:
+    """Return what the methods of a result are, other than the model."""
+    texts = {name: ALONE if name.endswith(" alone") else EXPLAINED.get(name) for name in result.metrics}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _table(result: EvaluationResult, group: str, metrics: Sequence[str]) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class Items:
 
     def __init__(self, specs: Sequence[DataSpec], modality: str, root: Path, *, strict: bool = True) -> None:
         self.modality = modality
-        self._parts: list[_Listed | _Stream | _Made] = [_read(spec, modality, root, strict) for spec in specs]
+        self._parts: list[_Listed | _Stream | _Made | _Chosen] = [
+            _read(spec, modality, root, strict) for spec in specs
+        ]
 
     @classmethod
     def listed(
@@ -148,6 +150,12 @@ class Items:
         ahead = itertools.islice(self, max(rows, default=-1) + 1)
         return {row: item for row, item in enumerate(ahead) if row in rows}
 
+    def at(self, rows: Sequence[int]) -> Items:
+        """Return the items at some places alone, in their order."""
+        chosen = Items([], self.modality, Path())
+        chosen._parts = [_Chosen(self, sorted(rows))]
+        return chosen
+
     def parts(self, rows: int) -> list[Part]:
         """Return the parts that make up the items: of lists, stretches of `rows`; of data sets, their files."""
         parts: list[Part] = []
@@ -214,6 +222,29 @@ class _Made:
     def read(self, first: int, stop: int, start: int = 0) -> Iterator[Item]:
         """Yield the items of a stretch, from a place in it on."""
         return iter(self.items[first + start : stop])
+
+
+@dataclass
+class _Chosen:
+    """Some of other items, by their places."""
+
+    items: Items
+    rows: list[int]
+
+    @property
+    def fingerprint(self) -> str:
+        return json.dumps([self.items.fingerprint, self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Item]:
+        wanted = set(self.rows)
+        return (item for row, item in enumerate(self.items) if row in wanted)
+
+    def read(self, first: int, stop: int, start: int = 0) -> Iterator[Item]:
+        """Yield the items of a stretch, from a place in it on."""
+        return itertools.islice(self, first + start, stop)
 
 
 def _list_address(spec: DataSpec, modality: str) -> _Listed:

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from cmcr_hf.evaluation import baselines
 from cmcr_hf.evaluation.baselines import (
+    baseline_scorers,
     baseline_scores,
     cca_maps,
     closed_cascade,
@@ -281,6 +282,19 @@ def test_each_direction_of_the_one_way_bridge_starts_from_its_queries(four: Four
     assert torch.equal(a2i, one_way_bridge(a, text_a, text_b, b))
     assert torch.equal(i2a, one_way_bridge(b, text_b, text_a, a))
     assert not torch.allclose(i2a, a2i.T, atol=1e-2)
+
+
+def test_posterior_matching_takes_a_temperature_for_each_space(four: Four) -> None:
+    a, text_a, text_b, b = four
+    matched = posterior_matching(*four, temperature=(0.05, 0.2))
+    expected = softmax64(a, text_a, 0.05) @ softmax64(b, text_b, 0.2).T
+    torch.testing.assert_close(matched, expected.float(), atol=1e-6, rtol=1e-4)
+    scorers = baseline_scorers(a, b, text_a, text_b, posterior_temperatures=(0.05, 0.2))
+    there, back = scorers["posterior matching"]
+    torch.testing.assert_close(there(slice(2, 5)), matched[2:5])
+    torch.testing.assert_close(back(slice(1, 4)), matched.T[1:4])
+    with pytest.raises(ValueError, match="temperature=-1"):
+        posterior_matching(*four, temperature=(0.05, -1))
 
 
 def test_report_scores_are_those_of_the_single_functions(four: Four) -> None:

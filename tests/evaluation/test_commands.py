@@ -41,7 +41,12 @@ def test_a_whole_data_set_stands_beside_what_others_published(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("data", "limit", "said"),
     [
-        ({"missing": 5, "empty": 2}, None, "Rows are left out: 5 without their files and 2 with empty cells."),
+        ({"missing": 5, "empty": 2}, None, "Left out: 5 items (no such file), 2 rows (an empty cell)."),
+        (
+            {"missing": ["a.wav"], "unreadable": ["b.wav", "c.wav"]},
+            None,
+            "Left out: 1 item (no such file, for example a.wav), 2 items (cannot be read, for example b.wav).",
+        ),
         ({}, 3, "Published numbers are of the whole data set, so none stand here."),
     ],
 )

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from cmcr_hf.demo.concepts import CONCEPTS
 from cmcr_hf.demo.drawing import draw
 from cmcr_hf.demo.run import run_demo
 from cmcr_hf.demo.synthesis import SAMPLING_RATE, synthesise
-from cmcr_hf.evaluation import proposals
+from cmcr_hf.evaluation import localization, localization_commands, proposals
 from cmcr_hf.evaluation.boxes import consensus_iou, consensus_map
-from cmcr_hf.evaluation.localization import CENTRE, Located, draw_located
-from cmcr_hf.evaluation.localization_data import SoundingPicture, load_vgg_ss
+from cmcr_hf.evaluation.localization import CENTRE, Located, Measured, draw_located
+from cmcr_hf.evaluation.localization_data import SoundingPicture, SoundingPictures, load_vgg_ss
 from cmcr_hf.evaluation.proposals import grid_boxes
 from cmcr_hf.evaluation.regions import cut_square
 from cmcr_hf.modeling.image_loading_cmcr import load_image
@@ -217,8 +218,20 @@ def test_a_limit_takes_as_many_silent_pairs_and_no_resamples_give_no_intervals(
     found = evaluate("recognition", tiny_model, data, "extended-flickr-soundnet", tmp_path / "out", *more)
     assert found["data"]["items"] == {"pairs": 4, "videos": 2, "non-sounding": 2}
     assert not any(found["intervals"]["model"].values())
-    # Those of all pairs have nothing to stand beside.
     assert not found["published"]
+    assert "Published numbers are of the whole data set, so none stand here." in found["notes"]
+
+
+def test_cases_are_of_several_classes_where_there_are_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [*["dog"] * 6, *"abcdefghijklmn"]
+    pairs = [SoundingPicture(str(row), "image", "audio", (), label, str(row)) for row, label in enumerate(labels)]
+    monkeypatch.setattr(localization, "draw_located", lambda *_: None)
+    data = SoundingPictures(tmp_path, pairs, 1, 0)
+    measured = Measured({}, {}, np.linspace(0, 1, 20), [""] * 20)
+    best, worst = localization_commands._cases(SimpleNamespace(locate=lambda pair: None), data, measured)
+    assert [case.query.label for case in best] == [*"nmlkjihg"]
+    # All others of the worse half, and dogs for want of more.
+    assert [case.query.label for case in worst] == [*["dog"] * 4, *"abcd"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:

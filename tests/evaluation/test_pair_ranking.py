@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,24 @@ from torch.nn.functional import normalize
 
 from cmcr_hf.cli import main
 from cmcr_hf.evaluation import pair_ranking
-from cmcr_hf.evaluation.baselines import TRAINING_FREE, inner_scorer
-from cmcr_hf.evaluation.pair_ranking import MEAN, compare_with_bridges, measure_rankings, ranking_cases
+from cmcr_hf.evaluation.baselines import POSTERIOR_TEMPERATURE, TRAINING_FREE, inner_scorer
+from cmcr_hf.evaluation.pair_ranking import (
+    MEAN,
+    beaten_without_training,
+    measure_rankings,
+    posterior_temperatures,
+    ranking_cases,
+)
 from cmcr_hf.evaluation.pairs import PairedSet
 from cmcr_hf.evaluation.retrieval import label_retrieval, pair_retrieval
+from cmcr_hf.modeling.configuration_cmcr import CMCRConfig
+from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
+from cmcr_hf.training.posteriors import choose_temperatures
 from tests.media import RATE, encode_audio, encode_image, noise, peak_growth, picture
+
+COLUMNS = ("--columns", "image=picture", "audio=clip")
 
 
 def texts(count: int) -> Items:
@@ -87,10 +99,10 @@ def test_a_model_below_a_bridge_is_told_so_in_one_sentence() -> None:
         "ridge": {"audio_to_image": {"mAP": 0.9}, "image_to_audio": {"mAP": 0.9}, MEAN: {"mAP": 0.9}},
         "model": {"audio_to_image": {"mAP": 0.35}, "image_to_audio": {"mAP": 0.2}, MEAN: {"mAP": 0.2}},
     }
-    (sentence,) = compare_with_bridges(metrics)
+    (sentence,) = beaten_without_training(metrics)
     assert sentence.endswith("by mAP: audio → image 0.350 against 0.400 of posterior matching.")
     metrics["model"]["audio_to_image"]["mAP"] = 0.4
-    assert compare_with_bridges(metrics) == []
+    assert beaten_without_training(metrics) == []
 
 
 def test_the_best_and_the_worst_cases_show_what_is_right() -> None:
@@ -135,6 +147,20 @@ def run(model: Path, data: Path, *columns: str, more: tuple[str, ...] = ()) -> d
     return json.loads((data / "out" / "result.json").read_text())
 
 
+def run_data_set(tiny_model: Path, tmp_path: Path, images: list[bytes]) -> dict:
+    """Evaluate a data set of three pictures, the first with two captions."""
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": image, "path": None} for image in images]
+    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
+    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
+    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    return json.loads((tmp_path / "out" / "result.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("columns", "direction"),
     [
@@ -172,17 +198,8 @@ def test_point_clouds_are_ranked_for_images_and_texts(
 
 
 def test_a_data_set_of_pictures_and_lists_of_captions_is_ranked_and_shown(tiny_model: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(3)]
-    cells = [{"bytes": image, "path": None} for image in images]
-    rows = {"picture": cells, "captions": [["a dog", "a small dog"], ["a cat"], ["a bell"]]}
-    features = datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / "set")]
-    arguments += ["--columns", "image=picture", "text=captions", "--output", str(tmp_path / "out"), "--device", "cpu"]
-    assert main(arguments) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    result = run_data_set(tiny_model, tmp_path, images)
     assert result["data"]["items"] == {"images": 3, "texts": 4}
     assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -199,10 +216,38 @@ def test_with_a_bank_the_baselines_stand_beside_the_model(
     fitted, bridges = {"ridge", "procrustes", "linear map"}, set(TRAINING_FREE)
     assert set(result["metrics"]) == {"chance", *fitted, *bridges, "closed cascade", "model"}
     assert "audio_to_image, by class" in result["metrics"]["posterior matching"]
-    assert result["notes"] == compare_with_bridges(result["metrics"])
+    chosen, *beaten = result["notes"]
+    assert beaten == beaten_without_training(result["metrics"])
+    temperatures = result["settings"]["posterior_temperatures"]
+    assert set(temperatures) == {"clap", "clip"} and all(0 < value < 1 for value in temperatures.values())
+    told = " and ".join(f"{temperatures[space]:.3g} in {space}" for space in ("clap", "clip"))
+    assert chosen == (
+        f"Posterior matching takes the temperatures {told}, chosen from the bank and the items of both sides, without "
+        "a look at pairs or classes."
+    )
     out = capsys.readouterr().out
     assert "posterior matching" in out
     assert str(data) not in (data / "out" / "result.json").read_text()
+
+
+def test_temperatures_are_those_of_the_training_else_chosen_without_pairs_else_the_constants() -> None:
+    bank, sides, config = (unit(60, 0), unit(60, 1)), (unit(20, 2), unit(20, 3)), CMCRConfig()
+    config.posterior_temperatures = {"clip": 0.02, "clap": 0.1}
+    assert posterior_temperatures(config, ["clap", "clip"], bank, sides) == (
+        (0.1, 0.02),
+        "Posterior matching takes the temperatures 0.1 in clap and 0.02 in clip, with which the model was trained.",
+    )
+    config.posterior_temperatures = None
+    chosen = choose_temperatures(bank[0], sides[0], bank[1], sides[1])
+    assert posterior_temperatures(config, ["clap", "clip"], bank, sides)[0] == chosen
+    # In which order the items come says what belongs together, and changes nothing.
+    shuffled = (sides[0].flip(0), sides[1])
+    assert posterior_temperatures(config, ["clap", "clip"], bank, shuffled)[0] == chosen
+    alike = bank[1][:1].expand(60, -1)
+    for few in ((bank[0][:3], bank[1][:3]), (bank[0], alike)):
+        found, note = posterior_temperatures(config, ["clap", "clip"], few, sides)
+        assert found == (POSTERIOR_TEMPERATURE, POSTERIOR_TEMPERATURE)
+        assert "the usual ones of small encoders, since the bank is too small or too uniform" in note
 
 
 def test_stores_of_a_bank_give_what_the_bank_gives(
@@ -245,6 +290,20 @@ def test_no_case_is_among_the_best_and_the_worst(items: int, best: int, worst: i
     assert len({case.query.value for cases in found for case in cases}) == best + worst
 
 
+def test_cases_are_of_several_classes_where_there_are_several() -> None:
+    data, rows = captioned(40, 1), unit(40, 0)
+    labels = ["dog"] * 10 + [f"kind {row}" for row in range(20)] + ["cat"] * 10
+    names = sorted(set(labels))
+    members = torch.tensor([[label == name for name in names] for label in labels])
+    data = replace(data, classes=(members, members), class_names=names)
+    # Dogs are best and cats worst, which would fill the page alone.
+    best, worst = ranking_cases(data, inner_scorer(rows, rows), torch.linspace(1, 0, 40))
+    for cases, kind in ((best, "dog"), (worst, "cat")):
+        assert [case.query.label for case in cases][:3].count(kind) == 2
+        assert len({case.query.label for case in cases}) == 7
+        assert sorted((case.score for case in cases), reverse=cases is best) == [case.score for case in cases]
+
+
 def test_texts_are_compared_in_the_source_of_the_other_side_too(tiny_model: Path, data: Path) -> None:
     result = run(tiny_model, data, "audio=clip", "text=caption")
     assert list(result["metrics"]) == ["chance", "clap alone", "model"]
@@ -275,19 +334,28 @@ def test_a_second_run_embeds_nothing_and_another_table_does(
         (("--columns", "picture"), "Expected --columns KIND=COLUMN, got 'picture'"),
         (("--images", "photos"), "Expected --data, or --images and --audio"),
         (("--layout", "coco"), "cocodataset.org/#download"),
+        ((*COLUMNS, "--text-space", "clap"), "--text-space says which source embeds the texts of the data, which has"),
+        ((*COLUMNS, "--bank-column", "text"), "--bank-column goes with --bank"),
+        ((*COLUMNS, "--bank", "some/nope.txt"), "There is no file or folder 'some/nope.txt'. Name the bank: texts in"),
+        ((*COLUMNS, "--bank", "nope"), "There is no file or folder 'nope'. Name the bank: texts in"),
+        ((*COLUMNS, "--bank", "/some/nope"), "There is no file or folder '/some/nope'. Name the bank: texts in"),
+        ((*COLUMNS, "--bank", "clip=a", "clap=b", "--bank-column", "text"), "with a table or a data set, got stores"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
     data: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], expected: str
 ) -> None:
-    arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(data), "--output", str(data / "out")]
+    table = data / "pairs.csv" if "image=picture" in more else data
+    arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(table), "--output", str(data / "out")]
     assert main([*arguments, *more]) == 1
     assert expected in capsys.readouterr().err
 
 
 def test_a_bank_of_what_a_source_does_not_embed_is_refused(
-    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loaded = []
+    monkeypatch.setattr(CMCRModel, "from_pretrained", lambda *_, **__: loaded.append(1))
     (data / "photos").mkdir()
     (data / "dog.png").rename(data / "photos" / "dog.png")
     (data / "pairs.csv").write_text("picture,clip\ncat.png,cat.wav\nbell.png,bell.wav")
@@ -295,6 +363,53 @@ def test_a_bank_of_what_a_source_does_not_embed_is_refused(
     arguments += ["--columns", "image=picture", "audio=clip", "--bank", str(data / "photos")]
     assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
     assert "The clap source embeds audio and text, but the bank has image items" in capsys.readouterr().err
+    assert not loaded and not (data / "out").exists()
+
+
+def test_what_is_missing_or_cannot_be_read_is_left_out_and_listed(
+    tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "cat.wav").write_bytes(b"no sound")
+    with (data / "pairs.csv").open("a") as table:
+        table.write("\ndog.png,gone.wav,dog.npy,a dog,a sound,dog\nbell.png,dog.wav,dog.npy,a bell,a sound,bell")
+    result = run(
+        tiny_model, data, "audio=clip", "image=picture", "class=kind", more=("--bank", str(data / "bank.txt"))
+    )
+    assert result["data"]["missing"] == ["gone.wav"] and result["data"]["unreadable"] == ["cat.wav"]
+    # The picture of the cat had that sound alone.
+    assert result["data"]["items"] == {"clips": 2, "images": 2, "classes": 2}
+    assert {case["query"]["name"] for case in result["best"]} == {"dog.wav", "bell.wav"}
+    said = "Left out: 1 item (no such file, for example gone.wav), 1 item (cannot be read, for example cat.wav)."
+    assert said in result["notes"] and said in capsys.readouterr().out
+    again = run(tiny_model, data, "audio=clip", "image=picture", "class=kind", more=("--bank", str(data / "bank.txt")))
+    assert again["metrics"] == result["metrics"]
+    for kind in ("dog", "bell"):
+        (data / f"{kind}.wav").write_bytes(b"no sound")
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv"), "--device"]
+    arguments += ["cpu", "--output", str(data / "out"), "--columns", "audio=clip", "text=caption"]
+    assert main(arguments) == 1
+    assert "holds no rows, of 3 items: " in capsys.readouterr().err
+
+
+def test_items_that_can_be_read_are_ranked_as_if_there_were_no_others(tiny_model: Path, data: Path) -> None:
+    columns = ("image=picture", "audio=clip")
+    header, dog, cat, bell = (data / "pairs.csv").read_text().split("\n")
+    (data / "pairs.csv").write_text("\n".join([header, dog, bell]))
+    expected = run(tiny_model, data, *columns)
+    (data / "cat.png").write_bytes(b"no picture")
+    (data / "pairs.csv").write_text("\n".join([header, dog, cat, bell]))
+    found = run(tiny_model, data, *columns)
+    assert found["data"]["unreadable"] == ["cat.png"]
+    for direction, metrics in expected["metrics"]["model"].items():
+        assert found["metrics"]["model"][direction] == pytest.approx(metrics)
+
+
+def test_a_picture_in_a_data_set_that_cannot_be_read_goes_with_its_captions(tiny_model: Path, tmp_path: Path) -> None:
+    images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(2)]
+    result = run_data_set(tiny_model, tmp_path, [images[0], b"no picture", images[1]])
+    assert result["data"]["unreadable"] == ["set/train/1/picture"]
+    assert result["data"]["items"] == {"images": 2, "texts": 3}
+    assert result["metrics"]["chance"]["image_to_text"]["R@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
 @pytest.mark.slow

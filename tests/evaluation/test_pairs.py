@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cmcr_hf.evaluation.pairs import (
@@ -15,6 +17,7 @@ from cmcr_hf.evaluation.pairs import (
     load_pairs,
     load_sounding,
 )
+from cmcr_hf.training.data import Items
 from tests.media import RATE, encode_audio, encode_image, noise, picture
 
 
@@ -140,10 +143,37 @@ def test_the_limit_counts_items_and_not_their_captions(tmp_path: Path) -> None:
         assert {tuple(sorted(pair)) for pair in named(data)} == {("1", "a.wav"), ("3", "a.wav")}
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_rows_whose_file_is_not_there_are_left_out_and_the_files_named(tmp_path: Path) -> None:
+    write_clips(tmp_path, "a", "b")
+    write_pictures(tmp_path, "a")
+    write(tmp_path / "p.csv", "one,two,image\na.wav,gone.wav,a.jpg\nb.wav,,lost.jpg\ngone.wav,,a.jpg\n")
+    data = load_pairs(str(tmp_path / "p.csv"), [("audio", "one"), ("audio", "two"), ("image", "image")])
+    assert named(data) == [("a.wav", "a.jpg")]
+    assert data.missing == ["gone.wav", "lost.jpg"]
+    assert data.record()["missing"] == ["gone.wav", "lost.jpg"]
+
+
+def test_a_table_without_any_of_its_files_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "p.csv", "file,text\naway.wav,1\n")
-    with pytest.raises(ValueError, match=r"Cannot read audio file .*away\.wav"):
+    with pytest.raises(ValueError, match=r"no pair in p.csv, but 1 item \(no such file, for example away.wav\)"):
         load_pairs(str(tmp_path / "p.csv"), [("audio", "file"), ("text", "text")])
+
+
+def test_items_without_a_key_are_left_out_with_what_belongs_to_them_alone() -> None:
+    sides = Items.listed("text", ["a", "b", "c"]), Items.listed("text", ["1", "2", "3", "4"])
+    members = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    pairs = torch.tensor([[0, 0], [1, 1], [1, 2], [2, 3]])
+    data = PairedSet("set", sides, pairs, (members, members[[0, 1, 1, 2]]), ["x", "y", "z"])
+    rest, rows = data.readable([{"000000", "000001", "000002"}, {"000001", "000002", "000003"}])
+    assert named(rest) == [("b", "2"), ("b", "3"), ("c", "4")]
+    assert rest.unreadable == ["000000"] and rest.class_names == ["y", "z"]
+    assert classes_of(rest, 1) == [["y"], ["y"], ["z"]]
+    # Among the items with a key, of which the second side's have none before them.
+    assert [row.tolist() for row in rows] == [[1, 2], [0, 1, 2]]
+    by_class, _ = replace(data, pairs=None).readable([{"000001", "000002"}, {"000000", "000003"}])
+    assert [[item.value for item in side] for side in by_class.sides] == [["c"], ["4"]]
+    with pytest.raises(ValueError, match="no pair in set that can be read"):
+        data.readable([{"000000"}, {"000001"}])
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -193,7 +223,7 @@ def test_ave_pairs_the_frame_and_the_sound_of_a_video_with_all_its_events(tmp_pa
     data = load_ave(tmp_path)
     assert named(data) == [("RUhOCu3LNXM.wav", "RUhOCu3LNXM.jpg"), ("--12UOziMF0.wav", "--12UOziMF0.jpg")]
     assert classes_of(data, 0) == classes_of(data, 1) == [["Church bell"], ["Bark", "Male speech, man speaking"]]
-    assert data.missing == 1
+    assert data.missing == ["away"]
 
 
 @pytest.mark.parametrize("list_name", ["vggss.json", "vggss_test.csv", "names.csv"])
@@ -208,7 +238,7 @@ def test_vgg_ss_takes_its_json_or_a_list_of_names(tmp_path: Path, list_name: str
     data = load_sounding("VGG-SS", tmp_path, ["vggss.json", "vggss_test.csv"], "VGGSound", chosen=chosen)
     assert named(data) == [(f"{name}.wav", f"{name}.jpg") for name in names]
     assert (data.classes is not None) == (list_name == "vggss.json")
-    assert data.missing == 1
+    assert data.missing == ["away_000000"]
 
 
 def test_flickr_soundnet_takes_the_first_column_of_its_list(tmp_path: Path) -> None:
@@ -235,7 +265,7 @@ def test_audiocaps_finds_its_clips_by_any_of_their_names(tmp_path: Path) -> None
     data = load_audiocaps(tmp_path)
     assert data.gold(0).tolist() == [[0, 1], [2, -1], [3, -1], [4, 5]]
     assert named(data)[5] == ("103543.wav", "A dog barks")
-    assert data.missing == 1
+    assert data.missing == ["gone"]
 
 
 def test_clotho_has_five_captions_a_clip(tmp_path: Path) -> None:
@@ -246,7 +276,7 @@ def test_clotho_has_five_captions_a_clip(tmp_path: Path) -> None:
     data = load_clotho(tmp_path)
     assert data.gold(0).tolist() == [[0, 1, 2, 3, 4]]
     assert [item.value for item in data.sides[1]] == ["a machine", "b", "c", "d", "e"]
-    assert data.missing == 1
+    assert data.missing == ["gone.wav"]
 
 
 def test_coco_reads_a_karpathy_split(tmp_path: Path) -> None:
@@ -260,7 +290,7 @@ def test_coco_reads_a_karpathy_split(tmp_path: Path) -> None:
     write_pictures(tmp_path / "val2014", "COCO_val2014_000000391895", "COCO_val2014_000000060623")
     data = load_coco(tmp_path)
     assert named(data) == [(f"COCO_val2014_{391895:012}.jpg", text) for text in ("A man.", "A bike.")]
-    assert data.missing == 1
+    assert data.missing == ["val2014/COCO_val2014_000000000001.jpg"]
     assert named(load_coco(tmp_path, "train")) == [("COCO_val2014_000000060623.jpg", "Cake.")]
 
 
@@ -300,5 +330,5 @@ def test_a_folder_without_the_data_is_told_where_to_get_it_and_what_to_hold(tmp_
 
 def test_a_list_without_any_of_its_files_is_told_the_same(tmp_path: Path) -> None:
     write(tmp_path / "flickr_test.csv", "1,0\n2,0\n")
-    with pytest.raises(ValueError, match=r"no pair in Flickr-SoundNet, but 2 rows without their files.*frames/NAME"):
+    with pytest.raises(ValueError, match=r"no pair in Flickr-SoundNet, but 2 items \(no such file.*frames/NAME"):
         load_sounding("Flickr-SoundNet", tmp_path, ["flickr_test.csv"], "Flickr-SoundNet")

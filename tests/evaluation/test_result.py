@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cmcr_hf.evaluation.baselines import baseline_scores
 from cmcr_hf.evaluation.result import (
     Case,
     EvaluationResult,
     Published,
     Shown,
+    counted,
+    first_of_classes,
     settings,
     shown,
 )
@@ -119,6 +124,40 @@ def test_a_page_shows_so_many_cases_at_most(result: EvaluationResult, tmp_path: 
     result.write(tmp_path)
     assert (tmp_path / "report.html").read_text().count("<article") == 8
     assert len(json.loads((tmp_path / "result.json").read_text())["best"]) == 30
+
+
+def test_one_is_counted_with_a_singular(result: EvaluationResult, tmp_path: Path) -> None:
+    words = [counted(1, "classes"), counted(1, "images"), counted(1, "non-sounding"), counted(1200, "clips")]
+    assert words == ["1 class", "1 image", "1 non-sounding", "1,200 clips"]
+    result.data = {**result.data, "items": {"clips": 1, "classes": 2}}
+    assert result.format().startswith("audio-image retrieval on pets: 1 clip, 2 classes\n")
+    result.write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<li><strong>1</strong> clip</li>" in page and "<li><strong>2</strong> classes</li>" in page
+    assert json.loads((tmp_path / "result.json").read_text())["data"]["items"] == {"clips": 1, "classes": 2}
+
+
+def test_of_a_class_no_more_than_two_are_taken_while_there_are_others() -> None:
+    rows = [10, 11, 12, 13, 14, 15, 16]
+    own = dict(zip(rows, ["dog", "dog", "dog", "dog", "cat", None, None], strict=True)).get
+    assert first_of_classes(rows, own, 5) == [10, 11, 14, 15, 16]
+    assert first_of_classes(rows, own, 6) == [10, 11, 12, 14, 15, 16]
+    assert first_of_classes(rows[:4], own, 3) == [10, 11, 12]
+    assert first_of_classes(rows, lambda row: None, 3) == [10, 11, 12]
+
+
+def test_the_page_says_what_every_baseline_of_a_table_is(result: EvaluationResult, tmp_path: Path) -> None:
+    rows = torch.eye(3)
+    names = baseline_scores(rows, rows, rows, rows, rows, rows)
+    every = ["chance", *names, "clap alone", "whole picture", "centre"]
+    result.metrics = {name: {"there": {"R@1": 0.5}} for name in [*every, "model"]}
+    result.write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall("<dt>(.*?)</dt>", page) == every
+    assert "Knows the classes, and that there are no others; no pairs." in page
+    result.metrics = {"model": {"there": {"R@1": 0.5}}}
+    result.write(tmp_path)
+    assert "<dl" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_items_of_several_classes_are_measured_as_scikit_learn_does() -> None:
     best = scores.argmax(1)
     assert found.metrics["model"]["top-1"] == pytest.approx(relevant[torch.arange(80), best].double().mean().item())
     assert found.by_class[5].isnan()
-    assert notes(data, found.by_class) == ["1 of 6 classes have no item here and are left out of the mean."]
+    assert notes(data, found.by_class) == ["Left out of the mean: 1 class without an item here, of 6."]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -407,8 +407,8 @@ def test_folds_names_templates_and_limits_reach_the_result(tiny_model: Path, fol
     assert run(tiny_model, folder, "esc-50", "--prompts", str(folder / "t.txt"), "--limit", "2") == 0
     found = result(folder)
     assert (found["data"]["items"]["items"], found["settings"]["templates"]) == (2, ["the {}"])
-    # Those are of all clips.
     assert found["published"] == []
+    assert "Published numbers are of the whole data set, so none stand here." in found["notes"]
 
 
 def test_names_of_a_file_replace_those_of_the_folders(tiny_model: Path, folder: Path) -> None:
@@ -426,7 +426,7 @@ def test_missing_clips_are_listed_counted_and_left_out(
 ) -> None:
     write_audioset(folder)
     assert run(tiny_model, folder, "audioset") == 0
-    assert "1 of 5 items are not there and are left out." in capsys.readouterr().out
+    assert "Left out: 1 item (no such file, for example 4bcdefghijk)." in capsys.readouterr().out
     assert result(folder)["data"]["missing"] == ["4bcdefghijk"]
 
 
@@ -437,7 +437,7 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
     write(folder / "wav" / "Y1bcdefghijk.wav", b"RIFF of nothing")
     for _ in range(2):
         assert run(tiny_model, folder, "audioset", "--template", "{}") == 0
-        assert "1 of 5 items cannot be read and are left out." in capsys.readouterr().out
+        assert "1 item (cannot be read, for example wav/Y1bcdefghijk.wav)." in capsys.readouterr().out
     found = result(folder)
     assert found["data"]["unreadable"] == ["wav/Y1bcdefghijk.wav"]
     assert found["data"]["items"] == {"items": 3, "classes": 3}
@@ -445,6 +445,36 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
     shown = [case["query"] for case in found["best"] + found["worst"]]
     assert shown
     assert all(query["label"] == own[query["name"]] for query in shown)
+
+
+@pytest.mark.parametrize("layout", ["folder", "table", "data set"])
+def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, folder: Path, layout: str) -> None:
+    if layout == "folder":
+        write_folder(folder)
+        (broken,) = sorted((folder / "dog").iterdir())[:1]
+        lost, options = f"dog/{broken.name}", ("--modality", "image")
+        broken.write_bytes(b"no picture")
+    elif layout == "table":
+        write_table(folder)
+        lost, options = "gone.wav", ("--modality", "audio", "--label", "kind")
+        with (folder / "table.csv").open("a") as table:
+            table.write("\ngone.wav,dog,x")
+    else:
+        datasets = pytest.importorskip("datasets")
+        write_folder(folder / "media")
+        cells = [path.read_bytes() for path in sorted((folder / "media" / "dog").iterdir())]
+        rows = {"picture": [{"bytes": cell, "path": None} for cell in (*cells, b"no picture")]}
+        rows["kind"] = ["dog"] * len(cells) + ["cat"]
+        features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+        (folder / "set").mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "set" / "train.parquet")
+        options = ("--modality", "image", "--label", "kind", "--column", "picture")
+        lost = f"set/train/{len(cells)}/picture"
+    data = {"table": "table.csv", "data set": "set"}.get(layout, "")
+    assert run(tiny_model, folder, layout.replace("data set", "table"), *options, data=data) == 0
+    found = result(folder)
+    assert found["data"]["unreadable"] == [lost]
+    assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ def test_iterating_starts_anew_each_time(pictures):
     assert list(items) == list(items)
 
 
+def test_some_items_are_taken_by_their_places(pictures):
+    items = Items([DataSpec(folder="pictures")], "image", pictures)
+    some = items.at([2, 0])
+    every = list(items)
+    assert list(some) == [every[0], every[2]] and len(some) == 2
+    assert some.pick({1}) == {1: every[2]}
+    assert [item for part in some.parts(1) for item in part.read(0)] == list(some)
+    assert [list(part.read(1)) for part in some.parts(2)] == [[every[2]]]
+    assert len({items.fingerprint, some.fingerprint, items.at([0]).fingerprint}) == 3
+
+
 @pytest.mark.parametrize(
     ("spec", "modality", "expected"),
     [
