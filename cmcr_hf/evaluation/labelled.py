@@ -33,6 +33,7 @@ IMAGENET = (
     "for research only), and in it or beside it LOC_synset_mapping.txt (of the Kaggle competition "
     "imagenet-object-localization-challenge), or else --names FILE"
 )
+FOLDS = range(1, 6)
 # Every video of AudioSet has one segment, so that its id of this length tells the clip.
 _ID_LENGTH = 11
 
@@ -109,7 +110,8 @@ def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int |
     spec = DataSpec(table=str(table), column="filename", files="audio", label="category", where=where, limit=limit)
     every, items = (Items([replace(spec, limit=n)], "audio", folder, strict=False) for n in (None, limit))
     found = label_items("ESC-50", items, every=every, licence="CC BY-NC 3.0")
-    some = None if folds is None else f"fold {' and '.join(str(fold) for fold in folds)} of five"
+    chosen = {*(folds or FOLDS)}
+    some = None if chosen == {*FOLDS} else f"fold {' and '.join(str(fold) for fold in sorted(chosen))} of five"
     return replace(found, part=some)
 
 

@@ -33,7 +33,8 @@ the median rank, by class too where items have classes. Beside the model stand c
 _EPILOG = """data:
   pairs            a table (.csv, .tsv, .jsonl, .parquet) or a data set (folder or Hub id), and its columns:
                    --columns image=file text=caption_1 text=caption_2 class=label; of two of image, audio, text and
-                   point_cloud. Several captions: rows that repeat the file, several columns, or a list in a cell
+                   point_cloud. Several captions: rows that repeat the file, several columns, or a list in a cell.
+                   Where a class is empty, the items are measured as pairs alone
   ave              Annotations.txt, frames/VIDEOID.jpg, audio/VIDEOID.wav     github.com/YapengTian/AVE-ECCV18
   flickr-soundnet  flickr_test.csv or --list, frames/NAME.jpg, audio/NAME.wav
   vgg-ss           vggss.json or --list, frames/NAME.jpg, audio/NAME.wav
@@ -147,7 +148,8 @@ def _retrieval(arguments: argparse.Namespace) -> None:
                 model=model.record(),
                 settings=run_settings(
                     arguments,
-                    "queries, texts of one item together, the gallery as it is",
+                    "queries, texts of one item together, the gallery as it is"
+                    + ("" if data.pairs is None else "; of the mean, over items that hang together by pairs"),
                     text_space=dict(zip(data.modalities, methods.spaces, strict=True)).get("text"),
                     bank=described,
                     **methods.temperatures,

@@ -46,7 +46,9 @@ def test_esc50_is_read_whole_in_the_order_of_its_table(esc50: Path) -> None:
 
 
 def test_folds_of_esc50_are_read_alone(esc50: Path) -> None:
-    assert keys(load_esc50(esc50, [2, 5])) == ["2-1-A-20.wav", "5-9-B-0.wav"]
+    data = load_esc50(esc50, [5, 2])
+    assert keys(data) == ["2-1-A-20.wav", "5-9-B-0.wav"] and data.part == "fold 2 and 5 of five"
+    assert load_esc50(esc50, [1, 2, 3, 4, 5]).part is None
 
 
 @pytest.mark.parametrize("missing", ["meta", "audio"])
