@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -301,20 +302,21 @@ def measure_rankings(
             there, back = (_summary(side[""]) for side in sides)
             names = [name for name in there if name in back and name != "median rank"]
             ranked.metrics[method][MEAN] = {name: (there[name] + back[name]) / 2 for name in names}
-    methods = [method for method in found if method != CHANCE]
-    for method in tqdm(methods, desc="resampled", unit="method", disable=not progress or not resamples):
-        for side, direction in enumerate(directions):
+    groups = len(scorers) * sum(map(len, found[MODEL]))
+    with tqdm(total=groups, desc="resampled", unit="group", disable=not progress or not resamples) as bar:
+        for method, side in itertools.product(scorers, (0, 1)):
             for suffix, rows in found[method][side].items():
-                groups = _query_groups(data, side, suffix)
-                ranked.intervals[method][direction + suffix] = _summary_intervals(rows, groups, **options)
+                together, group = _query_groups(data, side, suffix), directions[side] + suffix
+                ranked.intervals[method][group] = _summary_intervals(rows, together, **options)
                 if method in TRAINING_FREE:
                     ahead = {"mAP": rows["mAP"] - found[MODEL][side][suffix]["mAP"]}
-                    difference = bootstrap_means(ahead, groups=groups, **options)
-                    ranked.ahead.setdefault(direction + suffix, {})[method] = difference.get("mAP")
-        if units is not None:
-            means = [{name: side[""][name] for name in ranked.metrics[method][MEAN]} for side in found[method]]
-            intervals = bootstrap_means_of_sides(list(zip(means, units, strict=True)), **options)
-            ranked.intervals[method][MEAN] = intervals
+                    difference = bootstrap_means(ahead, groups=together, **options)
+                    ranked.ahead.setdefault(group, {})[method] = difference.get("mAP")
+                bar.update()
+    for method in scorers if units else ():
+        means = [{name: side[""][name] for name in ranked.metrics[method][MEAN]} for side in found[method]]
+        intervals = bootstrap_means_of_sides(list(zip(means, units or (), strict=True)), **options)
+        ranked.intervals[method][MEAN] = intervals
     return ranked
 
 
