@@ -3,7 +3,7 @@
 What is drawn, with replacement, are the items a metric is an average or a function of: queries of a retrieval, clips
 of a localisation, rows of a recognition. The rest stays as it is: the gallery, the classes and the model. So an
 interval says nothing of another gallery and nothing of another training. Rows that belong together (the captions of
-one clip) are drawn together, named by `groups`.
+one clip) are drawn together, named by `groups`. So are the queries of both directions where their mean is taken.
 
 The draws are a function of the seed and the number of items, so that metrics, methods and runs over the same items see
 the same ones, and every interval can be computed again.
@@ -11,9 +11,10 @@ the same ones, and every interval can be computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from tqdm.auto import tqdm
 
 Intervals = dict[str, tuple[float, float]]
 
@@ -40,22 +41,55 @@ def bootstrap_means(
     Raises:
         ValueError: rows of unequal number, none, or numbers that are not finite.
     """
+    return bootstrap_means_of_sides([(values, groups)], resamples=resamples, seed=seed, confidence=confidence)
+
+
+def bootstrap_means_of_sides(
+    sides: Sequence[tuple[Mapping[str, torch.Tensor], torch.Tensor | None]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Intervals:
+    """Return the interval of the mean over several sides of their [`bootstrap_means`].
+
+    A group is drawn on all sides at once, with the rows that it has on each.
+
+    Args:
+        sides: of each the values, of the same metrics, and the groups, as many as of the others.
+
+    Raises:
+        ValueError: as for [`bootstrap_means`], or sides of other numbers of groups.
+    """
     _check(resamples, confidence)
-    if not values or not resamples:
+    names = list(sides[0][0])
+    if not names or not resamples:
         return {}
-    lengths = {len(rows) for rows in values.values()}
-    table = torch.stack([rows.double() for rows in values.values()], 1) if len(lengths) == 1 else torch.empty(0)
+    tables = [_group_sums([values[name] for name in names], groups) for values, groups in sides]
+    if len({len(table) for table in tables}) > 1:
+        raise ValueError(f"Got {[len(table) for table in tables]} groups, expected as many of every side.")
+    items = len(tables[0])
+    means = []
+    for drawn in _draws(items, resamples, seed):
+        sums = [_counts(drawn, items) @ table for table in tables]
+        # The last column counts rows: groups may have unequal numbers of them.
+        means.append(torch.stack([part[:, :-1] / part[:, -1:] for part in sums]).mean(0))
+    found = torch.cat(means)
+    return {name: _interval(found[:, column], confidence) for column, name in enumerate(names)}
+
+
+def _group_sums(values: Sequence[torch.Tensor], groups: torch.Tensor | None) -> torch.Tensor:
+    """Return `(groups, metrics + 1)`: the sums of each group, and how many rows it has."""
+    lengths = {len(rows) for rows in values}
+    table = torch.stack([rows.double() for rows in values], 1) if len(lengths) == 1 else torch.empty(0)
     if not len(table) or not table.isfinite().all():
         raise ValueError(
             f"Got values of {sorted(lengths)} rows, expected as many finite ones, at least 1, of every metric."
         )
     table = torch.cat([table, torch.ones(len(table), 1, dtype=torch.float64)], 1)
-    if groups is not None:
-        table = table.new_zeros(_group_count(groups, len(table)), table.shape[1]).index_add_(0, groups, table)
-    sums = torch.cat([_counts(drawn, len(table)) @ table for drawn in _draws(len(table), resamples, seed)])
-    # The last column counts rows: groups may have unequal numbers of them.
-    means = sums[:, :-1] / sums[:, -1:]
-    return {name: _interval(means[:, column], confidence) for column, name in enumerate(values)}
+    if groups is None:
+        return table
+    return table.new_zeros(_group_count(groups, len(table)), table.shape[1]).index_add_(0, groups, table)
 
 
 def bootstrap_statistic(
@@ -65,6 +99,7 @@ def bootstrap_statistic(
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    progress: bool = False,
 ) -> Intervals:
     """Return the interval of metrics that are no means, such as a median, an average precision or a largest F1.
 
@@ -85,11 +120,11 @@ def bootstrap_statistic(
     order, sizes = groups.argsort(stable=True), torch.bincount(groups, minlength=_group_count(groups, len(groups)))
     starts = sizes.cumsum(0) - sizes
     found: list[Mapping[str, float]] = []
-    for block in _draws(len(sizes), resamples, seed):
-        for drawn in block:
-            width = sizes[drawn]
-            place = torch.arange(int(width.sum())) - (width.cumsum(0) - width).repeat_interleave(width)
-            found.append(statistic(order[starts[drawn].repeat_interleave(width) + place]))
+    draws = (drawn for block in _draws(len(sizes), resamples, seed) for drawn in block)
+    for drawn in tqdm(draws, total=resamples, desc="resampled", unit="draw", disable=not progress):
+        width = sizes[drawn]
+        place = torch.arange(int(width.sum())) - (width.cumsum(0) - width).repeat_interleave(width)
+        found.append(statistic(order[starts[drawn].repeat_interleave(width) + place]))
     intervals = {}
     for name in found[0]:
         values = torch.tensor([metrics[name] for metrics in found], dtype=torch.float64)

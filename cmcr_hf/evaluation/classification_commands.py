@@ -83,7 +83,7 @@ def add_classification(tasks: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _classification(arguments: argparse.Namespace) -> None:
-    from .result import MODEL, EvaluationResult, shown
+    from .result import MODEL, EvaluationResult
     from .zero_shot import (
         CLASSIFICATION,
         PUBLISHED,
@@ -105,21 +105,14 @@ def _classification(arguments: argparse.Namespace) -> None:
     with evaluated_model(arguments, "text", modality) as model:
         text_space = model.model.config.space_of("text", arguments.text_space)
         data, scores = zero_shot_scores(model, data, templates, text_space=text_space)
-        found = measure(scores, data, resamples=arguments.bootstrap, seed=arguments.seed)
+        found = measure(scores, data, resamples=arguments.bootstrap, seed=arguments.seed, progress=model.progress)
         best, worst = cases(scores, data)
         finish(
             arguments,
             EvaluationResult(
                 task="classification",
                 title=f"zero-shot classification of {data.name}",
-                data={
-                    "name": data.name,
-                    "items": {"items": len(data.labels), "classes": len(data.classes)},
-                    "fingerprint": data.items.fingerprint,
-                    "licence": data.licence,
-                    "missing": data.missing or None,
-                    "unreadable": [shown(name) for name in data.unreadable] or None,
-                },
+                data=data.record(),
                 model=model.record(),
                 settings=run_settings(
                     arguments,
@@ -130,8 +123,7 @@ def _classification(arguments: argparse.Namespace) -> None:
                 ),
                 metrics={method: {CLASSIFICATION: values} for method, values in found.metrics.items()},
                 intervals={MODEL: {CLASSIFICATION: found.intervals}},
-                # Those of others are of all folds.
-                published=PUBLISHED.get(arguments.layout, ()) if arguments.fold is None else (),
+                published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
                 breakdowns=breakdowns(scores, data, found.by_class),
@@ -181,4 +173,4 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
     # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
     whole = replace(spec, limit=None)
     every = None if spec.dataset is not None else Items([whole], arguments.modality, Path(), strict=False)
-    return label_items(Path(arguments.data).name, items, words, every=every, strict=False)
+    return label_items(Path(arguments.data).name, items, words, every=every)

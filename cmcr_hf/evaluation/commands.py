@@ -144,11 +144,13 @@ def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> E
     from .result import CHANCE, left_out
 
     notes = []
-    left = left_out(result.data)
+    left, other = left_out(result.data), result.data.get("part")
     if left:
         notes.append(f"Left out: {left}.")
-    part = bool(left or arguments.limit)
-    if part and result.published:
+    part = bool(left or arguments.limit or other)
+    if other and result.published:
+        notes.append(f"This is {other}, which published numbers are not of, so none stand here.")
+    elif part and result.published:
         notes.append("Published numbers are of the whole data set, so none stand here.")
     values = [value for group in result.metrics.get(CHANCE, {}).values() for value in group.values()]
     if values and min(values) >= 1:

@@ -168,6 +168,7 @@ class EvaluatedModel:
                 f"{space}_{modality}": record["revision"] for (space, modality), record in self._records.items()
             },
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
         }
 
     def _record(self, space: str, modality: str) -> dict[str, str]:

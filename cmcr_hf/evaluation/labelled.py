@@ -8,11 +8,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..training.data import Items, load_table
 from ..training.recipe import DataSpec
+from .result import shown
 
 # Words for each class, by its name in the data set or in the order of these names.
 Words = Mapping[str, Sequence[str]] | list[list[str]]
@@ -31,6 +33,7 @@ IMAGENET = (
     "for research only), and in it or beside it LOC_synset_mapping.txt (of the Kaggle competition "
     "imagenet-object-localization-challenge), or else --names FILE"
 )
+FOLDS = range(1, 6)
 # Every video of AudioSet has one segment, so that its id of this length tells the clip.
 _ID_LENGTH = 11
 
@@ -46,8 +49,8 @@ class LabelledSet:
         labels: of each item, the indices of its classes: exactly one, unless `several`.
         several: whether an item may have several classes.
         missing: items that are listed in the data set, but whose files are not there.
-        strict: whether an item that cannot be read is an error; otherwise it is left out.
-        unreadable: items that were left out.
+        unreadable: items that were left out, since they cannot be read.
+        part: which part of the data set it is, where that is not the one that published numbers are of.
     """
 
     name: str
@@ -58,8 +61,8 @@ class LabelledSet:
     several: bool = False
     licence: str | None = None
     missing: list[str] = field(default_factory=list)
-    strict: bool = True
     unreadable: list[str] = field(default_factory=list)
+    part: str | None = None
 
     @property
     def relevant(self) -> torch.Tensor:
@@ -80,6 +83,18 @@ class LabelledSet:
             unreadable=[key for key in named if key not in keys],
         )
 
+    def record(self) -> dict[str, Any]:
+        """Return what a result says of the data."""
+        return {
+            "name": self.name,
+            "items": {"items": len(self.labels), "classes": len(self.classes)},
+            "fingerprint": self.items.fingerprint,
+            "licence": self.licence,
+            "missing": [shown(name) for name in self.missing],
+            "unreadable": [shown(name) for name in self.unreadable],
+            "part": self.part,
+        }
+
 
 def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int | None = None) -> LabelledSet:
     """Open ESC-50 (Piczak, 2015).
@@ -93,8 +108,11 @@ def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int |
         raise ValueError(f"Expected ESC-50 in the folder {str(folder)!r}. It has to hold {ESC50}.")
     where = None if folds is None else {"fold": [str(fold) for fold in folds]}
     spec = DataSpec(table=str(table), column="filename", files="audio", label="category", where=where, limit=limit)
-    every = Items([replace(spec, limit=None)], "audio", folder)
-    return label_items("ESC-50", Items([spec], "audio", folder), every=every, licence="CC BY-NC 3.0")
+    every, items = (Items([replace(spec, limit=n)], "audio", folder, strict=False) for n in (None, limit))
+    found = label_items("ESC-50", items, every=every, licence="CC BY-NC 3.0")
+    chosen = {*(folds or FOLDS)}
+    some = None if chosen == {*FOLDS} else f"fold {' and '.join(str(fold) for fold in sorted(chosen))} of five"
+    return replace(found, part=some)
 
 
 def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
@@ -128,7 +146,6 @@ def load_audioset(folder: Path, *, limit: int | None = None) -> LabelledSet:
         several=True,
         missing=[name for name in own if name not in clips],
         licence="CC BY 4.0 (the lists)",
-        strict=False,
     )
 
 
@@ -180,7 +197,8 @@ def load_imagenet(folder: Path, words: Words | None = None, *, limit: int | None
     if words is None or not folder.is_dir():
         raise ValueError(f"Expected ImageNet. {remedy}")
     every, items = (
-        Items([DataSpec(folder=str(folder), label="parent", limit=n)], "image", Path()) for n in (None, limit)
+        Items([DataSpec(folder=str(folder), label="parent", limit=n)], "image", Path(), strict=False)
+        for n in (None, limit)
     )
     return label_items("ImageNet", items, words, every=every, remedy=remedy, licence="research only")
 
@@ -197,7 +215,6 @@ def label_items(
     every: Items | None = None,
     remedy: str = "Add it to --names.",
     licence: str | None = None,
-    strict: bool = True,
 ) -> LabelledSet:
     """Return items that each have one class, their label; the classes are those that occur, sorted.
 
@@ -206,7 +223,6 @@ def label_items(
         every: the items that the classes are of, where `items` are some of them: fewer items are told apart from no
             fewer classes.
         remedy: where a class has no words.
-        strict: as of [`LabelledSet`].
 
     Raises:
         ValueError: an item has no class, or a class no words.
@@ -234,7 +250,6 @@ def label_items(
         words=[list(words[label]) for label in classes],
         labels=[[number[label]] for label in found],
         licence=licence,
-        strict=strict,
     )
 
 

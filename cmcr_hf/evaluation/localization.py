@@ -72,7 +72,8 @@ class Measured:
 class Localizer:
     """Locate the sounds of a data set in its pictures, both embedded when the object is made.
 
-    `sounds` are the embeddings of the sounds, by their paths; `detector` is the record of the detector, if any.
+    `data` are the pairs whose picture and sound can be read, no other can be located; `sounds` are the embeddings of
+    the sounds, by their paths; `detector` is the record of the detector, if any.
 
     Args:
         method: `proposals` or `dense`.
@@ -80,12 +81,13 @@ class Localizer:
         threshold: of a dense map: `half` ([`hot_half`]) or `middle` ([`above_middle`]).
 
     Raises:
-        ValueError: a picture or a sound cannot be read, or the image source has no patches that can be embedded.
+        ValueError: no pair can be read, or the image source has no patches that can be embedded.
 
     Example:
         >>> model = EvaluatedModel("my-org/cmcr-clip-clap", Path("runs/mine"), modalities=["image", "audio"])
         >>> data = load_vgg_ss("VGG-SS")
-        >>> Localizer(model, data, "proposals").locate(data.pairs[0]).box
+        >>> localizer = Localizer(model, data, "proposals")
+        >>> localizer.locate(localizer.data.pairs[0]).box
     """
 
     def __init__(
@@ -96,10 +98,10 @@ class Localizer:
         detector: Detector | None = None,
         threshold: str = "half",
     ) -> None:
-        names = list(dict.fromkeys(pair.image for pair in data.pairs))
-        sounds = list(dict.fromkeys(pair.audio for pair in data.pairs))
+        names = data.images
         self._pictures = {name: place for place, name in enumerate(names)}
-        self.sounds = dict(zip(sounds, model.embeds(Items.listed("audio", sounds, data.folder)), strict=True))
+        sounds = model.source_store(Items.listed("audio", data.sounds, data.folder), strict=False)
+        self.sounds = dict(zip(sounds.keys(), model.project(sounds.tensor().float(), "audio"), strict=True))
         self.detector = None if detector is None else detector.record
         self._model, self._encoder = model, None
         self._answer = {"half": hot_half, "middle": above_middle}[threshold]
@@ -112,7 +114,19 @@ class Localizer:
             kept = model.folder / "proposals.jsonl"
             boxes = propose(detector, names, data.folder, kept, progress=model.progress)
         self._regions = Regions(names, data.folder, boxes)
-        self._store = model.source_store(self._regions, encoder=self._encoder)
+        self._store = model.source_store(self._regions, encoder=self._encoder, strict=False)
+        whole = names
+        # Where the regions of each picture are in the store.
+        self._starts = self._regions.starts
+        if self._store.skipped or not all(map(len, boxes)):
+            there = {*self._store.keys()}
+            counts = [
+                sum(f"{name} {place}" in there for place in range(len(own)))
+                for name, own in zip(names, boxes, strict=True)
+            ]
+            self._starts = np.cumsum([0, *counts]).tolist()
+            whole = [name for name, own, count in zip(names, boxes, counts, strict=True) if 0 < count == len(own)]
+        self.data = data.readable({*self.sounds, *whole})
 
     def boxes(self, pair: SoundingPicture) -> np.ndarray | None:
         """Return the proposals in a pair's picture, `(n, 4)` in parts of it, where the method has such."""
@@ -121,7 +135,7 @@ class Localizer:
     def locate(self, pair: SoundingPicture) -> Located:
         """Locate the sound of a pair in its picture."""
         picture, sound = self._pictures[pair.image], self.sounds[pair.audio]
-        rows = self._store.read(range(*self._regions.starts[picture : picture + 2]))
+        rows = self._store.read(range(*self._starts[picture : picture + 2]))
         if self._encoder is None:
             return _nearest_region(self._regions.boxes[picture], (self._model.project(rows, "image") @ sound).numpy())
         patches = patch_embeds(rows, self._encoder.side)[0]

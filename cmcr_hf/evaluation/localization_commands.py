@@ -149,6 +149,7 @@ def _localization(arguments: argparse.Namespace) -> None:
     data = _opened(arguments)
     with evaluated_model(arguments, "image", "audio") as model:
         localizer = _localizer(arguments, model, data)
+        data = localizer.data
         measured = measure_localization(localizer, data, resamples=arguments.bootstrap, seed=arguments.seed)
         title = f"audio-visual source localisation on {NAMES[arguments.layout]}"
         _finish(arguments, title, model, localizer, data, measured)
@@ -160,6 +161,7 @@ def _recognition(arguments: argparse.Namespace) -> None:
     data = _opened(arguments)
     with evaluated_model(arguments, "image", "audio") as model:
         localizer = _localizer(arguments, model, data)
+        data = localizer.data
         matches = picture_matches(model, localizer, data) if arguments.confidence == "picture" else None
         measured = measure_recognition(localizer, data, matches, resamples=arguments.bootstrap, seed=arguments.seed)
         title = f"counterfactual audio-image recognition on {NAMES[arguments.layout]}"

@@ -6,7 +6,7 @@ ardasnck/learning_to_localize_sound_source, arXiv 1803.03849), stoneMo/SLAVC for
 stoneMo/AVGN for MUSIC (arXiv 2303.17056; boxes of DTaoo/Discriminative-Sounding-Objects-Localization, 2010.05466).
 
 Every folder has `frames/NAME.jpg`, one picture a pair, and `audio/NAME.wav`, other suffixes of pictures and sounds
-being as good. Pairs whose picture or sound is missing, as videos vanish, are left out and counted.
+being as good. Pairs whose picture or sound is missing, as videos vanish, or cannot be read are left out and named.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import hashlib
 import json
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 
 from ..training.data import SUFFIXES, Items
 from .boxes import Box
+from .result import shown
 
 SILENT = "non-sounding"
 # Name of the picture, boxes, label, and name of the sound.
@@ -83,13 +84,15 @@ class SoundingPictures:
 
     Args:
         consensus: how many boxes make a pixel certain (see [`consensus_map`]).
-        missing: how many pairs are left out, since picture or sound is not there.
+        missing: names of the pairs that are left out, since picture or sound is not there.
+        unreadable: pictures and sounds that cannot be read, whose pairs are left out too.
     """
 
     folder: Path
     pairs: list[SoundingPicture]
     consensus: int
-    missing: int
+    missing: list[str]
+    unreadable: list[str] = field(default_factory=list)
 
     def first(self, count: int | None) -> SoundingPictures:
         """Return the first pairs, so many in all; of a data set with silent ones, half of them those."""
@@ -99,6 +102,28 @@ class SoundingPictures:
         silent = [pair for pair in self.pairs if pair.label == SILENT]
         quiet = min(count // 2, len(silent))
         return replace(self, pairs=sounding[: count - quiet] + silent[:quiet])
+
+    @property
+    def images(self) -> list[str]:
+        """The pictures of the pairs, each once."""
+        return list(dict.fromkeys(pair.image for pair in self.pairs))
+
+    @property
+    def sounds(self) -> list[str]:
+        """The sounds of the pairs, each once."""
+        return list(dict.fromkeys(pair.audio for pair in self.pairs))
+
+    def readable(self, files: Collection[str]) -> SoundingPictures:
+        """Return the pairs of which picture and sound are among some files.
+
+        Raises:
+            ValueError: there is none.
+        """
+        pairs = [pair for pair in self.pairs if pair.image in files and pair.audio in files]
+        if not pairs:
+            raise ValueError(f"No pair in {self.folder} can be read. Repair its files, or get them anew.")
+        unreadable = [name for name in [*self.images, *self.sounds] if name not in files]
+        return replace(self, pairs=pairs, unreadable=unreadable)
 
     def videos(self) -> torch.Tensor:
         """Return a number for each pair, `(pairs,)` from 0 on, the same for those of one video."""
@@ -112,7 +137,8 @@ class SoundingPictures:
         return {
             "items": {"pairs": len(self.pairs), "videos": len({pair.video for pair in self.pairs})}
             | ({"non-sounding": silent} if silent else {}),
-            "missing": self.missing,
+            "missing": [shown(name) for name in self.missing],
+            "unreadable": [shown(name) for name in self.unreadable],
             "fingerprint": {
                 "image": Items.listed("image", [pair.image for pair in self.pairs], self.folder).fingerprint,
                 "audio": Items.listed("audio", [pair.audio for pair in self.pairs], self.folder).fingerprint,
@@ -198,8 +224,7 @@ def _extended(
     # As in SLAVC, what has another label is not read.
     silent: list[_Entry] = [(row[0], (), SILENT, row[1]) for row in rows if row[2:] == [SILENT]]
     found = _pairs(folder, silent, sounding.consensus, remedy, after=after)
-    missing = sounding.missing + found.missing
-    return SoundingPictures(folder, sounding.pairs + found.pairs, sounding.consensus, missing)
+    return replace(sounding, pairs=sounding.pairs + found.pairs, missing=sounding.missing + found.missing)
 
 
 def _pairs(
@@ -211,26 +236,23 @@ def _pairs(
         after: how many parts of a name, cut off by underscores, stand behind that of the video.
     """
     images, sounds = _by_name(folder, "frames", "image"), _by_name(folder, "audio", "audio")
-    pairs = [
-        SoundingPicture(
-            key=f"{name} {sound}" if label == SILENT else name,
-            image=images[name],
-            audio=sounds[sound],
-            boxes=boxes,
-            label=label,
-            video=name.rsplit("_", after)[0],
-        )
-        for name, boxes, label, sound in entries
-        if name in images and sound in sounds
-    ]
+    pairs, missing = [], []
+    for name, boxes, label, sound in entries:
+        key = f"{name} {sound}" if label == SILENT else name
+        if name not in images or sound not in sounds:
+            missing.append(key)
+            continue
+        video = name.rsplit("_", after)[0]
+        pairs.append(SoundingPicture(key, images[name], sounds[sound], boxes, label, video))
     if not pairs:
         raise ValueError(f"{remedy}. Of {len(entries)} pairs, none has both picture and sound.")
-    return SoundingPictures(folder, pairs, consensus, len(entries) - len(pairs))
+    return SoundingPictures(folder, pairs, consensus, missing)
 
 
 def _by_name(folder: Path, part: str, modality: str) -> dict[str, str]:
     found = sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
-    return {path.stem: f"{part}/{path.name}" for path in found if path.suffix.lower() in SUFFIXES[modality]}
+    own = [path for path in found if path.suffix.lower() in SUFFIXES[modality] and path.is_file()]
+    return {path.stem: f"{part}/{path.name}" for path in own}
 
 
 def _entry(entry: dict[str, Any], boxes: Any, box: Callable[[Sequence[float]], Box], remedy: str) -> _Entry:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tqdm.auto import tqdm
 
 from ..modeling.configuration_cmcr import CMCRConfig
 from ..training.data import Items
 from ..training.posteriors import choose_temperatures
 from ..training.store import EmbeddingStore, check_same_keys
-from .baselines import POSTERIOR_TEMPERATURE, TRAINING_FREE, Scorer, baseline_scorers, inner_scorer
-from .bootstrap import Intervals, bootstrap_means, bootstrap_statistic
+from .baselines import (
+    BRIDGE_TEMPERATURE,
+    POSTERIOR_TEMPERATURE,
+    TRAINING_FREE,
+    Scorer,
+    baseline_scorers,
+    inner_scorer,
+)
+from .bootstrap import Intervals, bootstrap_means, bootstrap_means_of_sides, bootstrap_statistic
 from .embedding import EvaluatedModel
 from .pairs import PairedSet
-from .result import CHANCE, MODEL, Case, Metrics, Published, Shown, first_of_classes, number, said
-from .retrieval import expected_average_precision, pair_chance, pair_values, relevance_values
+from .result import CHANCE, MODEL, Case, Published, Shown, first_of_classes, number, said
+from .retrieval import expected_average_precision, first_rank, pair_chance, pair_values, relevance_values
 
 MEAN = "mean of both directions"
 BY_CLASS = ", by class"
@@ -52,6 +61,8 @@ _NUMBERS = {
         ("AudioCLIP", 0.1751, 0.3750),
     ),
 }
+# Of how many pairs the published numbers are, where the list that the benchmark has names others.
+FLICKR_SOUNDNET_PAIRS = 5000
 PUBLISHED = {
     layout: [Published(model, {MEAN: {"R@1": first, "R@5": fifth}}, _FREEBIND) for model, first, fifth in rows]
     for layout, rows in _NUMBERS.items()
@@ -68,14 +79,16 @@ class Methods:
     """The model and what there is to compare with it, over the items that can be read.
 
     Args:
+        spaces: the sources that embed the sides.
         scorers: by method, what scores some rows of either side.
-        temperatures: of posterior matching by space, where it is among them.
+        temperatures: of the bridges, and of posterior matching by space, where they are among them.
         notes: for the reader of a result.
     """
 
     data: PairedSet
-    scorers: dict[str, tuple[Scorer, Scorer]]
-    temperatures: dict[str, float] = field(default_factory=dict)
+    spaces: Sequence[str]
+    scorers: dict[str, tuple[Scorer, Scorer]] = field(default_factory=dict)
+    temperatures: dict[str, float | dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,12 +98,18 @@ class Ranked:
 
     Args:
         metrics, intervals: as those of an [`EvaluationResult`].
-        precision: average precision of every query of the first side with the model, `(items,)`.
+        precision: average precision of every query of the first side with the model, `(items,)`; of data without
+            pairs, by class.
+        ahead: by group and method that needs no training, the interval of how far its mAP is above the model's, over
+            draws of the same queries; None without resamples.
+        notes: for the reader of a result.
     """
 
     metrics: dict[str, dict[str, dict[str, float]]]
     intervals: dict[str, dict[str, Intervals]]
     precision: torch.Tensor
+    ahead: dict[str, dict[str, tuple[float, float] | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def build_scorers(
@@ -119,7 +138,7 @@ def build_scorers(
     config, modalities = model.model.config, data.modalities
     spaces = source_spaces(config, data, bank, text_space)
     data, (first, second) = _readable_embeds(model, data, spaces)
-    methods = Methods(data, {})
+    methods = Methods(data, spaces)
     scorers: dict[str, tuple[Scorer, Scorer]] = {}
     if spaces[0] == spaces[1]:
         scorers[f"{spaces[0]} alone"] = (inner_scorer(first, second), inner_scorer(second, first))
@@ -130,10 +149,19 @@ def build_scorers(
             words = Items.listed("text", [name.replace("_", " ") for name in data.class_names])
             names = [model.source_embeds(words, space) for space in spaces]
         chosen, note = posterior_temperatures(config, spaces, banks, (first, second))
-        methods.temperatures, methods.notes = dict(zip(spaces, chosen, strict=True)), [note]
+        posteriors = dict(zip(spaces, chosen, strict=True))
+        methods.temperatures = {"bridge_temperature": BRIDGE_TEMPERATURE, "posterior_temperatures": posteriors}
+        methods.notes = [note]
         scorers |= baseline_scorers(first, second, *banks, *names, posterior_temperatures=chosen)
-    elif first.shape[1] == second.shape[1]:
-        scorers["unconnected"] = (inner_scorer(first, second), inner_scorer(second, first))
+    else:
+        both = sorted(set(config.modalities_of(spaces[0])) & set(config.modalities_of(spaces[1])))
+        if both:
+            methods.notes.append(
+                f"The bridges and maps that connect {spaces[0]} and {spaces[1]} without training stand here with "
+                f"--bank FILE: {' or '.join(f'{each}s' for each in both)}, which both embed."
+            )
+        if first.shape[1] == second.shape[1]:
+            scorers["unconnected"] = (inner_scorer(first, second), inner_scorer(second, first))
     for side, own in enumerate(modalities):
         native = spaces[1 - side]
         if own == "text" and spaces[0] != spaces[1] and "text" in config.modalities_of(native):
@@ -232,41 +260,82 @@ def _bank_embeds(
 
 
 def measure_rankings(
-    data: PairedSet, scorers: Mapping[str, tuple[Scorer, Scorer]], *, resamples: int = 1000, seed: int = 0
+    data: PairedSet,
+    scorers: Mapping[str, tuple[Scorer, Scorer]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Ranked:
-    """Measure every method in both directions: pairs, their mean, and classes where there are any."""
-    ranked = Ranked({}, {}, torch.empty(0))
+    """Measure every method in both directions: pairs, their mean, and classes where there are any.
+
+    Measures by class are of the items that have one, queries and gallery alike.
+
+    The intervals of a direction are over its queries, the texts of one item drawn together. Those of the mean of both
+    directions are over units of items that hang together by pairs (see [`PairedSet.units`]), each drawn with its
+    queries of both directions, as the two have their items in common. There are none where one unit has more than half
+    of the pairs, as draws would hardly differ.
+    """
+    directions = ["_to_".join((data.modalities[side], data.modalities[1 - side])) for side in (0, 1)]
     ks = [tuple(k for k in PAIR_KS if k <= data.sizes[1 - side]) for side in (0, 1)]
-    for method in (CHANCE, *scorers):
-        metrics = ranked.metrics.setdefault(method, {})
-        intervals = ranked.intervals.setdefault(method, {})
-        for side in (0, 1):
-            direction = "_to_".join((data.modalities[side], data.modalities[1 - side]))
-            values = (
-                _chance_values(data, side, ks[side])
-                if method == CHANCE
-                else _values(data, side, scorers[method][side], ks[side])
-            )
-            groups = _query_groups(data, side)
-            for suffix, found in values.items():
-                metrics[direction + suffix] = _summary(found)
-                if method != CHANCE:
-                    options = {"resamples": resamples, "seed": seed}
-                    intervals[direction + suffix] = _summary_intervals(found, groups, **options)
-            if method == MODEL and side == 0:
-                ranked.precision = next(iter(values.values()))["mAP"]
+    found: dict[str, list[dict[str, dict[str, torch.Tensor]]]] = {
+        CHANCE: [_chance_values(data, side, ks[side]) for side in (0, 1)]
+    }
+    total = len(scorers) * sum(data.sizes)
+    with tqdm(total=total, desc="ranked", unit="query", disable=not progress) as bar:
+        for method, both in scorers.items():
+            found[method] = [_values(data, side, both[side], ks[side], bar.update) for side in (0, 1)]
+    ranked = Ranked({method: {} for method in found}, {method: {} for method in found}, torch.empty(0))
+    ranked.precision = next(iter(found[MODEL][0].values()))["mAP"]
+    options = {"resamples": resamples, "seed": seed}
+    units = _mean_units(data)
+    if data.pairs is not None and units is None:
+        ranked.notes.append(
+            "The mean of both directions has no interval, since more than half of the pairs hang together by items "
+            "that they share."
+        )
+    for method, sides in found.items():
+        for direction, values in zip(directions, sides, strict=True):
+            for suffix, rows in values.items():
+                ranked.metrics[method][direction + suffix] = _summary(rows)
         if data.pairs is not None:
-            there, back = (metrics["_to_".join(names)] for names in (data.modalities, data.modalities[::-1]))
-            metrics[MEAN] = {
-                name: (there[name] + back[name]) / 2 for name in there if name in back and name != "median rank"
-            }
+            there, back = (_summary(side[""]) for side in sides)
+            names = [name for name in there if name in back and name != "median rank"]
+            ranked.metrics[method][MEAN] = {name: (there[name] + back[name]) / 2 for name in names}
+    groups = len(scorers) * sum(map(len, found[MODEL]))
+    with tqdm(total=groups, desc="resampled", unit="group", disable=not progress or not resamples) as bar:
+        for method, side in itertools.product(scorers, (0, 1)):
+            for suffix, rows in found[method][side].items():
+                together, group = _query_groups(data, side, suffix), directions[side] + suffix
+                ranked.intervals[method][group] = _summary_intervals(rows, together, **options)
+                if method in TRAINING_FREE:
+                    ahead = {"mAP": rows["mAP"] - found[MODEL][side][suffix]["mAP"]}
+                    difference = bootstrap_means(ahead, groups=together, **options)
+                    ranked.ahead.setdefault(group, {})[method] = difference.get("mAP")
+                bar.update()
+    for method in scorers if units else ():
+        means = [{name: side[""][name] for name in ranked.metrics[method][MEAN]} for side in found[method]]
+        intervals = bootstrap_means_of_sides(list(zip(means, units or (), strict=True)), **options)
+        ranked.intervals[method][MEAN] = intervals
     return ranked
 
 
-def _values(data: PairedSet, side: int, scorer: Scorer, ks: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
+def _mean_units(data: PairedSet) -> list[torch.Tensor] | None:
+    """Return of the queries of both directions what is drawn together for their mean, None where it says nothing."""
+    if data.pairs is None:
+        return None
+    units = data.units()
+    return units if 2 * int(units[0][data.pairs[:, 0]].bincount().max()) <= len(data.pairs) else None
+
+
+def _values(
+    data: PairedSet, side: int, scorer: Scorer, ks: Sequence[int], advance: Callable[[int], object]
+) -> dict[str, dict[str, torch.Tensor]]:
     """Return what the metrics of a direction are made of, `(queries,)` each, by the suffix of their group."""
     queries, gallery = data.sizes[side], data.sizes[1 - side]
     gold = None if data.pairs is None else data.gold(side)
+    asked, among = _classified(data, side)
+    class_ks = () if data.classes is None else _class_ks(data)
     scored, ranked = max(1, _SCORED // gallery), max(1, _RANKED // gallery)
     parts: dict[str, list[dict[str, torch.Tensor]]] = {}
     for begin in range(0, queries, scored):
@@ -274,13 +343,24 @@ def _values(data: PairedSet, side: int, scorer: Scorer, ks: Sequence[int]) -> di
             rows = slice(begin + place * ranked, begin + place * ranked + len(scores))
             if gold is not None:
                 parts.setdefault("", []).append(pair_values(scores, gold[rows], ks))
-            if data.classes is not None:
-                values = relevance_values(scores, data.same_class(side, rows), _class_ks(data))
+            if asked[rows].any():
+                chosen = (asked[rows].nonzero(), among)
+                values = relevance_values(scores[chosen], data.same_class(side, rows)[chosen], class_ks)
                 parts.setdefault(_class_suffix(data), []).append(values)
+            advance(len(scores))
     return {
         suffix: {name: torch.cat([part[name] for part in found]) for name in found[0]}
         for suffix, found in parts.items()
     }
+
+
+def _classified(data: PairedSet, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which queries are measured by class, bool `(queries,)`, and the rows of the gallery that they are in."""
+    asked = torch.zeros(data.sizes[side], dtype=torch.bool)
+    if data.classes is None:
+        return asked, torch.empty(0, dtype=torch.long)
+    asked[data.classified(side)] = True
+    return asked, data.classified(1 - side)
 
 
 def _chance_values(data: PairedSet, side: int, ks: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
@@ -290,25 +370,28 @@ def _chance_values(data: PairedSet, side: int, ks: Sequence[int]) -> dict[str, d
     if data.classes is not None:
         step = max(1, _SCORED // gallery)
         blocks = (slice(begin, begin + step) for begin in range(0, queries, step))
-        relevant = torch.cat([data.same_class(side, rows).sum(1) for rows in blocks]).double()
-        found = {f"P@{k}": relevant / gallery for k in _class_ks(data)}
-        values[_class_suffix(data)] = found | {"mAP": expected_average_precision(relevant, gallery)}
+        asked, among = _classified(data, side)
+        relevant = torch.cat([data.same_class(side, rows).sum(1) for rows in blocks])[asked].double()
+        found = {f"P@{k}": relevant / len(among) for k in _class_ks(data)}
+        values[_class_suffix(data)] = found | {"mAP": expected_average_precision(relevant, len(among))}
     return values
 
 
 def _class_ks(data: PairedSet) -> tuple[int, ...]:
-    return tuple(k for k in CLASS_KS if k <= min(data.sizes))
+    return tuple(k for k in CLASS_KS if k <= min(len(data.classified(side)) for side in (0, 1)))
 
 
 def _class_suffix(data: PairedSet) -> str:
     return "" if data.pairs is None else BY_CLASS
 
 
-def _query_groups(data: PairedSet, side: int) -> torch.Tensor | None:
-    """Return which queries are drawn together: the texts of one item."""
+def _query_groups(data: PairedSet, side: int, suffix: str) -> torch.Tensor | None:
+    """Return which queries of a group of metrics are drawn together: the texts of one item."""
     if data.modalities[side] != "text" or data.pairs is None:
         return None
-    groups: torch.Tensor = data.gold(side)[:, 0].unique(return_inverse=True)[1]
+    items = data.gold(side)[:, 0]
+    items = items[data.classified(side)] if suffix == BY_CLASS else items
+    groups: torch.Tensor = items.unique(return_inverse=True)[1]
     return groups
 
 
@@ -320,29 +403,45 @@ def _summary(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
 def _summary_intervals(
     values: Mapping[str, torch.Tensor], groups: torch.Tensor | None, *, resamples: int, seed: int
 ) -> Intervals:
-    options = {"resamples": resamples, "seed": seed}
     means = {name: rows for name, rows in values.items() if name != "rank"}
-    found = bootstrap_means(means, groups=groups, **options)
+    found = bootstrap_means(means, groups=groups, resamples=resamples, seed=seed)
     if "rank" in values:
         ranks = values["rank"]
         items = len(ranks) if groups is None else groups
-        found |= bootstrap_statistic(lambda rows: {"median rank": ranks[rows].quantile(0.5).item()}, items, **options)
+
+        def median(rows: torch.Tensor) -> dict[str, float]:
+            return {"median rank": ranks[rows].quantile(0.5).item()}
+
+        found |= bootstrap_statistic(median, items, resamples=resamples, seed=seed)
     return found
 
 
-def beaten_without_training(metrics: Mapping[str, Metrics]) -> list[str]:
-    """Return a sentence that names where what needs no training ranks better than the model, if anywhere."""
-    below = []
-    for group, values in metrics[MODEL].items():
-        rivals = {name: metrics[name][group]["mAP"] for name in TRAINING_FREE if group in metrics.get(name, {})}
-        best = max(rivals, key=lambda name: rivals[name], default=None)
-        if best is not None and group != MEAN and values["mAP"] < rivals[best]:
-            below.append(f"{said(group)} {number(values['mAP'])} against {number(rivals[best])} of {best}")
-    if not below:
+def compare_with_bridges(ranked: Ranked) -> list[str]:
+    """Return a sentence that says which ranks better, the model or what needs no training, where that can be told.
+
+    It can where the interval of the difference of their mAP, over draws of the same queries, excludes 0. Of several
+    that need no training, that of the largest mAP counts.
+    """
+    told = []
+    for group, ahead in ranked.ahead.items():
+        own = ranked.metrics[MODEL][group]["mAP"]
+        rivals = {name: ranked.metrics[name][group]["mAP"] for name in ahead}
+        best = max(rivals, key=lambda name: rivals[name])
+        interval = ahead[best]
+        if interval is None:
+            return ["Without resamples, no difference can be told between the model and what needs no training."]
+        low, high = interval
+        verdict = "no difference can be told"
+        if low > 0 or high < 0:
+            verdict = f"{best if low > 0 else 'the model'} ranks better"
+        ends = f"[{number(low)}, {number(high)}]"
+        told.append(
+            f"{said(group)}, {verdict} ({best} {number(rivals[best])}, the model {number(own)}, "
+            f"difference {number(rivals[best] - own)} {ends})"
+        )
+    if not told:
         return []
-    return [
-        f"The model ranks worse than what needs no training, but the bank at every query, by mAP: {'; '.join(below)}."
-    ]
+    return [f"The model beside what needs no training, but the bank at every query, by mAP: {'; '.join(told)}."]
 
 
 def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> tuple[list[Case], list[Case]]:
@@ -361,9 +460,12 @@ def ranking_cases(data: PairedSet, scorer: Scorer, precision: torch.Tensor) -> t
         scores = scorer(slice(row, row + 1))[0]
         right = data.right(0, row)
         first = scores.sort(descending=True, stable=True).indices[:FOUND].tolist()
-        best = max(right, key=lambda place: scores[place].item())
-        rank = 1 + int((scores > scores[best]).sum())
-        notes[row] = f"its average precision; the first right one is at rank {rank:,} of {len(scores):,}"
+        places = torch.tensor(sorted(right))
+        best = int(places[scores[places].argmax()])
+        better, tied = (scores > scores[best]).sum(), scores == scores[best]
+        # As the metrics count ties.
+        rank = f"{first_rank(better, tied.sum(), tied[places].sum()).item():,.1f}".removesuffix(".0")
+        notes[row] = f"its average precision; the first right one is at rank {rank} of {len(scores):,}"
         if not right & set(first):
             # What should have been found stands last.
             first = [*first[: FOUND - 1], best]

@@ -24,8 +24,10 @@ import torch
 from ..training.data import SUFFIXES, Items, is_table, load_table
 from ..training.places import is_address
 from ..training.recipe import DataSpec
-from .result import left_out, shown
+from .result import counted, left_out, shown
 
+# What the items of a modality are called.
+NOUNS = {"audio": "clips", "image": "images", "text": "texts", "point_cloud": "clouds"}
 AVE = (
     "Annotations.txt of github.com/YapengTian/AVE-ECCV18 (lines Category&VideoID&Quality&StartTime&EndTime), and of "
     "the videos in its AVE.zip, which are not read themselves, frames/VIDEOID.jpg and audio/VIDEOID.wav: the frame in "
@@ -46,6 +48,7 @@ CLOTHO = (
     "clotho_captions_{split}.csv and the folder {split} of clotho_audio_{split}.7z, both of "
     "zenodo.org/records/4783391 (Clotho 2.1; columns file_name, caption_1 to caption_5)"
 )
+KARPATHY = "dataset_coco.json"
 COCO = (
     "dataset_coco.json of the Karpathy split (cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip) or "
     "annotations/captions_val2014.json or captions_val2017.json, and the folders of images it names (train2014, "
@@ -61,7 +64,8 @@ class PairedSet:
         sides: the items, of two modalities.
         pairs: `(pairs, 2)` rows of both sides that belong together; every item is in one. None where items are right
             for each other by their classes alone.
-        classes: of each side, `(items, classes)` bool, where items have classes, and their names.
+        classes: of each side, `(items, classes)` bool, where items have classes, and their names. An item may have
+            none, and is then in no measure by class.
         missing: what is not there: names of files, or of what should have one.
         unreadable: items that were left out, since they cannot be read.
         empty: rows without a name or a text on a side.
@@ -109,6 +113,44 @@ class PairedSet:
             raise ValueError(f"{self.name} has no classes, expected some; pass classes=.")
         return self.classes[side][rows].float() @ self.classes[1 - side].float().T > 0
 
+    def classified(self, side: int) -> torch.Tensor:
+        """Return the rows of a side that have a class which an item of the other side has too, `(rows,)`."""
+        if self.classes is None:
+            raise ValueError(f"{self.name} has no classes, expected some; pass classes=.")
+        return (self.classes[side] & self.classes[1 - side].any(0)).any(1).nonzero()[:, 0]
+
+    def units(self) -> list[torch.Tensor]:
+        """Return of each side which items hang together by pairs, `(items,)` numbers from 0 on, the same on both.
+
+        An image with its captions is one unit, and so is a pair whose items are in no other.
+        """
+        if self.pairs is None:
+            raise ValueError(f"{self.name} has no pairs, only classes.")
+        firsts, seconds = self.pairs.T
+        unit = [torch.arange(self.sizes[0]), torch.zeros(self.sizes[1], dtype=torch.long)]
+        while True:
+            # Each item takes the least number of those that it is paired with.
+            unit[1].scatter_reduce_(0, seconds, unit[0][firsts], "amin", include_self=False)
+            least = unit[0].scatter_reduce(0, firsts, unit[1][seconds], "amin")
+            if torch.equal(least, unit[0]):
+                break
+            unit[0] = least
+        numbers = unit[0].unique()
+        return [torch.searchsorted(numbers, own) for own in unit]
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the measures by class must know, if anything."""
+        if self.classes is None:
+            return []
+        lacking = [
+            counted(size - len(self.classified(side)), NOUNS[self.modalities[side]])
+            for side, size in enumerate(self.sizes)
+            if size > len(self.classified(side))
+        ]
+        if not lacking:
+            return []
+        return [f"Measured by class without {' and '.join(lacking)}, which have no class that the other side has."]
+
     def right(self, side: int, row: int) -> set[int]:
         """Return the rows of the other side that are right for one of this one's, by pairs, else by class."""
         if self.pairs is None:
@@ -131,6 +173,7 @@ class PairedSet:
             rows = [pairs[:, side].unique() for side in (0, 1)]
             pairs = torch.stack([torch.searchsorted(rows[side], pairs[:, side].contiguous()) for side in (0, 1)], 1)
         elif classes is not None:
+            # Without pairs, an item is right by its class alone.
             others = [classes[1 - side][there[1 - side]].any(0) for side in (0, 1)]
             rows = [(there[side] & (classes[side] & others[side]).any(1)).nonzero()[:, 0] for side in (0, 1)]
         if not all(map(len, rows)):
@@ -138,7 +181,8 @@ class PairedSet:
         if classes is not None:
             first, second = (members[own] for members, own in zip(classes, rows, strict=True))
             used = first.any(0) | second.any(0)
-            classes = (first[:, used], second[:, used])
+            # Items without a class may be all that is left.
+            classes = (first[:, used], second[:, used]) if used.any() else None
             class_names = [name for name, kept in zip(class_names, used.tolist(), strict=True) if kept]
         sides = [side.at(own.tolist()) for side, own in zip(self.sides, rows, strict=True)]
         rest = replace(
@@ -153,8 +197,7 @@ class PairedSet:
 
     def record(self) -> dict[str, Any]:
         """Return what a result says of the data."""
-        nouns = {"audio": "clips", "image": "images", "text": "texts", "point_cloud": "clouds"}
-        counts = {nouns[modality]: size for modality, size in zip(self.modalities, self.sizes, strict=True)}
+        counts = {NOUNS[modality]: size for modality, size in zip(self.modalities, self.sizes, strict=True)}
         fingerprint = {part.modality: part.fingerprint for part in self.sides}
         if self.pairs is not None:
             fingerprint["pairs"] = hashlib.sha256(self.pairs.numpy().tobytes()).hexdigest()
@@ -165,8 +208,8 @@ class PairedSet:
             "name": self.name,
             "items": {**counts, **({"classes": len(self.class_names)} if self.class_names else {})},
             "fingerprint": fingerprint,
-            "missing": [shown(name) for name in self.missing] or None,
-            "unreadable": [shown(name) for name in self.unreadable] or None,
+            "missing": [shown(name) for name in self.missing],
+            "unreadable": [shown(name) for name in self.unreadable],
             "empty": self.empty,
             "licence": self.licence,
         }
@@ -191,11 +234,7 @@ class _Rows:
 
     def add(self, first: Sequence[Any], second: Sequence[Any], labels: Iterable[Any] = ()) -> None:
         """Add a row: what is in its cells of either side belongs together, but for empty ones and missing files."""
-        # NaN, which is not itself, is how pandas writes an empty cell.
-        cells = [
-            [str(cell) for cell in side if cell is not None and cell == cell and str(cell).strip()]
-            for side in (first, second)
-        ]
+        cells = [[str(cell) for cell in side if not _is_empty(cell)] for side in (first, second)]
         if not all(cells):
             self.empty += 1
             return
@@ -207,7 +246,7 @@ class _Rows:
             return
         firsts, seconds = ([self._row(side, cell) for cell in own] for side, own in enumerate(cells))
         self.pairs |= dict.fromkeys((one, other) for one in firsts for other in seconds)
-        own = {str(label) for label in labels if label not in (None, "")}
+        own = {str(label) for label in labels if not _is_empty(label)}
         for side, rows in enumerate((firsts, seconds)):
             for row in rows:
                 self._labels[side][row] |= own
@@ -250,11 +289,16 @@ class _Rows:
         )
 
 
+def _is_empty(cell: Any) -> bool:
+    # NaN, which is not itself, is how pandas writes an empty cell.
+    return cell is None or cell != cell or not str(cell).strip()
+
+
 def _classes(labels: Sequence[Sequence[set[str]]]) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[str]]:
-    """Number the classes of both sides alike; None where an item has none."""
-    if not all(own for side in labels for own in side):
-        return None, []
+    """Number the classes of both sides alike; None where no item has one."""
     names = sorted({name for side in labels for own in side for name in own})
+    if not names:
+        return None, []
     number = {name: place for place, name in enumerate(names)}
     found = [torch.zeros(len(side), len(names), dtype=torch.bool) for side in labels]
     for side, members in zip(labels, found, strict=True):
@@ -277,11 +321,12 @@ def load_pairs(
     Args:
         data: a table (.csv, .tsv, .jsonl, .parquet), or a data set for `datasets.load_dataset`, an id or a folder.
         columns: what is in them: two of `image`, `audio`, `point_cloud` and `text`, and perhaps `class`. Several
-            columns, or a list in a cell, are several captions of one row.
+            columns, or a list in a cell, are several captions of one row. Where the class of a row is empty, its items
+            are measured as pairs alone.
         files: folder that the file names of a table are relative to; the table's own by default.
 
     Raises:
-        ValueError: a column is missing, or all files are; names it.
+        ValueError: a column is missing or has no class, or all files are missing; names it.
     """
     by_kind: dict[str, list[str]] = defaultdict(list)
     for kind, column in columns:
@@ -292,14 +337,24 @@ def load_pairs(
             f"Expected the columns of two of image, audio, point_cloud and text and of one class at most, got "
             f"{', '.join(f'{kind}={column}' for kind, column in columns)}. Write --columns image=FILE text=CAPTION."
         )
+    if is_table(data):
+        pairs = _load_table_pairs(data, by_kind, label[0] if label else None, files, limit)
+    else:
+        pairs = _load_data_set(data, by_kind, label[0] if label else None, config, split, limit)
+    if label and pairs.classes is None:
+        raise ValueError(f"The column {label[0]!r} of {data} names no class in any row. Fill it in, or leave it out.")
+    return pairs
+
+
+def _load_table_pairs(
+    data: str, by_kind: dict[str, list[str]], label: str | None, files: str | None, limit: int | None
+) -> PairedSet:
     first, second = by_kind
-    if not is_table(data):
-        return _load_data_set(data, by_kind, label[0] if label else None, config, split, limit)
     if is_address(data):
         raise ValueError(f"Expected a table on this machine, got {data}. Download it with its files first.")
     path = Path(data)
     table = load_table(path)
-    for column in [*by_kind[first], *by_kind[second], *label]:
+    for column in [*by_kind[first], *by_kind[second], *([label] if label else [])]:
         if column not in table:
             raise ValueError(f"The table {path} has no column {column!r}, it has {', '.join(table)}.")
     folder = Path(files) if files else path.parent
@@ -307,7 +362,7 @@ def load_pairs(
     rows = _Rows((first, second), folders, limit)
     for row in range(len(table[by_kind[first][0]])):
         one, other = (_cells(table, kind, by_kind[kind], row) for kind in (first, second))
-        rows.add(one, other, [table[label[0]][row]] if label else [])
+        rows.add(one, other, [table[label][row]] if label else [])
     return rows.gather(path.name, f"Check the columns, and the files in {str(folder)!r}.")
 
 
@@ -500,21 +555,26 @@ def load_clotho(folder: Path, split: str = "evaluation", *, limit: int | None = 
     return rows.gather("Clotho", remedy, "Tampere University licence, research only")
 
 
-def load_coco(folder: Path, split: str = "test", *, limit: int | None = None) -> PairedSet:
+def load_coco(folder: Path, split: str | None = None, *, limit: int | None = None) -> PairedSet:
     """Read COCO captions: a Karpathy split (of `test`, 5,000 images), or the official validation captions.
 
     An image has five captions, some have six or seven, all of which count: 25,010 of the Karpathy test split.
+
+    Args:
+        split: of Karpathy, by default `test`; the official captions have none.
     """
     remedy = f"{str(folder)!r} has to hold {COCO}."
     official = [folder / "annotations" / f"captions_val{year}.json" for year in (2014, 2017)]
-    karpathy = folder / "dataset_coco.json"
+    karpathy = folder / KARPATHY
+    if split is not None and not karpathy.is_file():
+        raise ValueError(f"{str(folder)!r} has no {KARPATHY}, whose split {split!r} is. Get it, or leave it out.")
     path = next((each for each in (karpathy, *official) if each.is_file()), None)
     try:
         if path is None:
             raise ValueError("there is none of these files")
         document = json.loads(path.read_text(encoding="utf-8"))
         if path == karpathy:
-            chosen = [image for image in document["images"] if image["split"] == split]
+            chosen = [image for image in document["images"] if image["split"] == (split or "test")]
             entries = [
                 (f"{image['filepath']}/{image['filename']}", sentence["raw"])
                 for image in chosen

@@ -90,8 +90,8 @@ def propose(
 ) -> list[np.ndarray]:
     """Return the boxes of pictures, and keep them in a file, from which they come the next time.
 
-    A line a picture, so that a run that was interrupted goes on where it ended. What is there of other pictures or
-    another detector is replaced.
+    A picture that cannot be read has none. A line a picture, so that a run that was interrupted goes on where it
+    ended. What is there of other pictures or another detector is replaced.
 
     Args:
         names: of the pictures, below the folder.
@@ -104,10 +104,15 @@ def propose(
         lines = [header]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, "".join(f"{line}\n" for line in lines).encode())
-    boxes = [np.array(json.loads(line)) for line in lines[1:]]
+    boxes = [np.array(json.loads(line)).reshape(-1, 4) for line in lines[1:]]
     rest = tqdm(names[len(boxes) :], desc="objects", unit="picture", disable=not progress)
     with path.open("a", encoding="utf-8") as file:
         for name in rest:
-            boxes.append(detector.boxes(folder / name))
+            try:
+                picture = load_image(folder / name)
+            except ValueError:
+                boxes.append(np.empty((0, 4)))
+            else:
+                boxes.append(detector.boxes(picture))
             file.write(f"{json.dumps(boxes[-1].tolist())}\n")
     return boxes

@@ -51,7 +51,7 @@ def measure_recognition(
         return {f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()}
 
     every = np.arange(len(confidence))
-    spread = bootstrap_statistic(flat, data.videos(), resamples=resamples, seed=seed)
+    spread = bootstrap_statistic(flat, data.videos(), resamples=resamples, seed=seed, progress=progress)
     _, videos = data.videos()[sounding].unique(return_inverse=True)
     means, mean_spread = mean_metrics(iou_values(ious[sounding]), videos, resamples, seed)
     intervals = {
@@ -77,8 +77,7 @@ def measure_recognition(
 
 def picture_matches(model: EvaluatedModel, localizer: Localizer, data: SoundingPictures) -> np.ndarray:
     """Return the cosine of the whole picture and the sound of each pair, `(pairs,)`."""
-    names = list(dict.fromkeys(pair.image for pair in data.pairs))
-    pictures = dict(zip(names, model.embeds(Items.listed("image", names, data.folder)), strict=True))
+    pictures = dict(zip(data.images, model.embeds(Items.listed("image", data.images, data.folder)), strict=True))
     matches = [pictures[pair.image] @ localizer.sounds[pair.audio] for pair in data.pairs]
     return torch.stack(matches).double().numpy()
 

@@ -58,9 +58,14 @@ class Regions(Items):
         picture = int(np.searchsorted(self.starts, row, side="right")) - 1
         while row < stop:
             name, boxes = self._names[picture], self.boxes[picture]
-            whole = load_image(self._folder / name)
+            try:
+                whole = load_image(self._folder / name)
+            except ValueError:
+                whole = None
             for place in range(row - self.starts[picture], min(len(boxes), stop - self.starts[picture])):
-                yield Item(f"{name} {place}", cut_square(whole, boxes[place]))
+                # Of a picture that cannot be read, the file itself: whoever prepares it says why, and of which item.
+                region = self._folder / name if whole is None else cut_square(whole, boxes[place])
+                yield Item(f"{name} {place}", region)
                 row += 1
             picture += 1
 

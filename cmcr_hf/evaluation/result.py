@@ -45,6 +45,8 @@ Metrics = Mapping[str, Mapping[str, float]]
 MODEL, CHANCE = "model", "chance"
 RESULT, PAGE = "result.json", "report.html"
 PACKAGES = ("cmcr-hf", "torch", "transformers", "numpy")
+# What decodes and resamples media, as far as it is installed.
+DECODERS = ("pillow", "soundfile", "soxr")
 # Cases of one class while there are others.
 _OF_A_CLASS = 2
 # What data may be without, what it is numbers of, and why.
@@ -123,7 +125,8 @@ class EvaluationResult:
     Args:
         task: name of the command, such as `retrieval`.
         title: what was measured, for a reader: "audio-image retrieval on AVE".
-        data: `name`, `items` (numbers by what they are), `fingerprint`, `licence`, and what else tells the data.
+        data: `name`, `items` (numbers by what they are), `fingerprint`, `licence`, what is left out (see
+            [`left_out`]), `part` where it is another than that which published numbers are of, and what else tells it.
         model: `EvaluatedModel.record()`.
         settings: `command`, `seed`, `bootstrap`, `versions`, and what else is needed to run it again.
         metrics: by method, group and metric.
@@ -230,9 +233,17 @@ def settings(
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
+            **{name: version for name in DECODERS if (version := _version(name)) is not None},
         },
         **more,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def shown(name: str | Path) -> str:
@@ -264,7 +275,7 @@ def left_out(data: Mapping[str, Any]) -> str:
     """Say what a data set is without and why, nothing of a whole one.
 
     Args:
-        data: numbers, or lists of names, of what is `missing`, `unreadable` and `empty`.
+        data: names of what is `missing` and `unreadable`, lists, and the number of rows that are `empty`.
     """
     parts = []
     for name, plural, reason in _LEFT_OUT:

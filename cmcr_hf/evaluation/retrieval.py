@@ -131,27 +131,35 @@ def pair_values(scores: torch.Tensor, gold: torch.Tensor, ks: Sequence[int]) -> 
     first = better.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
     better, size, found = (part.gather(1, first)[:, 0] for part in (better, size, found))
     values = {f"R@{k}": _recall(k, better, size, found) for k in ks}
-    return values | {"mAP": precision, "rank": better + (size + 1) / (found + 1)}
+    return values | {"mAP": precision, "rank": first_rank(better, size, found)}
+
+
+def first_rank(better: torch.Tensor, size: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Return the mean rank of the first of `found` true items in a tie group of `size` behind `better` items."""
+    return better + (size + 1) / (found + 1)
 
 
 def pair_chance(found: torch.Tensor, gallery: int, ks: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return what [`pair_values`] gives on average for a random ranking, of rows with so many true columns."""
     found, zero = found.double(), torch.zeros(len(found), dtype=torch.float64)
     values = {f"R@{k}": _recall(k, zero, zero + gallery, found) for k in ks}
-    return values | {"mAP": expected_average_precision(found, gallery), "rank": (gallery + 1) / (found + 1)}
+    return values | {
+        "mAP": expected_average_precision(found, gallery),
+        "rank": first_rank(zero, zero + gallery, found),
+    }
 
 
 def _recall(k: int, better: torch.Tensor, size: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Return the probability that one of `found` true items in a tie group of `size` items is among the first k."""
     places = (k - better).clamp(min=0).minimum(size)
-    missed = (
-        (size - found + 1).lgamma()
-        + (size - places + 1).lgamma()
-        - (size - found - places + 1).clamp(min=1).lgamma()
-        - (size + 1).lgamma()
-    )
-    several = torch.where(places > size - found, 1.0, -missed.expm1())
-    return torch.where(found == 1, places / size, several)
+    # Missed with the product of 1 - found / (size - i) over the places i, which is that of 1 - places / (size - i)
+    # over the found ones. A difference of lgamma would lose as many digits as the number of items has.
+    fewer, others = (places, found) if k <= found.max() else (found, places)
+    missed = torch.zeros_like(size)
+    for i in range(int(fewer.max())):
+        share = others / (size - i).clamp(min=1)
+        missed += torch.where(i < fewer, (-share.clamp(max=1)).log1p(), 0)
+    return torch.where(found == 1, places / size, -missed.expm1())
 
 
 def _within(gold: torch.Tensor, columns: int) -> bool:

@@ -24,6 +24,8 @@ _LAYOUTS_OF = {
     "split": ("pairs", "audiocaps", "clotho", "coco"),
     "list": ("flickr-soundnet", "vgg-ss"),
 }
+# Of those that have several, the split that published numbers are of.
+_PROTOCOL = {"audiocaps": "test", "clotho": "evaluation", "coco": "test"}
 _DESCRIPTION = """\
 Rank the items of one modality for every item of another, in both directions: R@1, R@5, R@10 and their mean, mAP and
 the median rank, by class too where items have classes. Beside the model stand chance, the sources alone, and with
@@ -31,7 +33,8 @@ the median rank, by class too where items have classes. Beside the model stand c
 _EPILOG = """data:
   pairs            a table (.csv, .tsv, .jsonl, .parquet) or a data set (folder or Hub id), and its columns:
                    --columns image=file text=caption_1 text=caption_2 class=label; of two of image, audio, text and
-                   point_cloud. Several captions: rows that repeat the file, several columns, or a list in a cell
+                   point_cloud. Several captions: rows that repeat the file, several columns, or a list in a cell.
+                   Where a class is empty, the items are measured as pairs alone
   ave              Annotations.txt, frames/VIDEOID.jpg, audio/VIDEOID.wav     github.com/YapengTian/AVE-ECCV18
   flickr-soundnet  flickr_test.csv or --list, frames/NAME.jpg, audio/NAME.wav
   vgg-ss           vggss.json or --list, frames/NAME.jpg, audio/NAME.wav
@@ -58,7 +61,7 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_shared_options(parser, "retrieval")
     parser.add_argument("--data", help="table, data set or folder")
-    parser.add_argument("--layout", choices=LAYOUTS, default="pairs", help="of the data (default: %(default)s)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of the data (default: pairs)")
     parser.add_argument("--columns", nargs="+", metavar="KIND=COLUMN", help="of pairs, see below")
     parser.add_argument("--files", metavar="DIR", help="folder of the files of a table (default: the table's own)")
     parser.add_argument("--config", help="of a data set")
@@ -69,8 +72,7 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--label",
         choices=("parent", "stem"),
-        default="parent",
-        help="class of a file of --images and --audio: its folder's name or its own (default: %(default)s)",
+        help="class of a file of --images and --audio: its folder's name or its own (default: parent)",
     )
     parser.add_argument(
         "--bank",
@@ -93,8 +95,8 @@ def _retrieval(arguments: argparse.Namespace) -> None:
     from ..training.data import Items
     from .pair_ranking import (
         PUBLISHED,
-        beaten_without_training,
         build_scorers,
+        compare_with_bridges,
         measure_rankings,
         ranking_cases,
         source_spaces,
@@ -123,7 +125,13 @@ def _retrieval(arguments: argparse.Namespace) -> None:
     with evaluated_model(arguments, *sorted(modalities), check=check) as model:
         methods = build_scorers(model, data, bank=bank, text_space=arguments.text_space)
         data = methods.data
-        ranked = measure_rankings(data, methods.scorers, resamples=arguments.bootstrap, seed=arguments.seed)
+        ranked = measure_rankings(
+            data,
+            methods.scorers,
+            resamples=arguments.bootstrap,
+            seed=arguments.seed,
+            progress=model.progress,
+        )
         best, worst = ranking_cases(data, methods.scorers[MODEL][0], ranked.precision)
         kind = "-".join("3D" if name == "point_cloud" else name for name in data.modalities)
         described: dict[str, str | int] = {}
@@ -136,23 +144,42 @@ def _retrieval(arguments: argparse.Namespace) -> None:
             EvaluationResult(
                 task="retrieval",
                 title=f"{kind} retrieval {'by class' if data.pairs is None else f'on {data.name}'}",
-                data=data.record(),
+                data={**data.record(), "part": _part(arguments, data)},
                 model=model.record(),
                 settings=run_settings(
                     arguments,
-                    "queries, texts of one item together, the gallery as it is",
-                    text_space=arguments.text_space,
+                    "queries, texts of one item together, the gallery as it is"
+                    + ("" if data.pairs is None else "; of the mean, over items that hang together by pairs"),
+                    text_space=dict(zip(data.modalities, methods.spaces, strict=True)).get("text"),
                     bank=described,
-                    posterior_temperatures=methods.temperatures,
+                    **methods.temperatures,
                 ),
                 metrics=ranked.metrics,
                 intervals=ranked.intervals,
                 published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
-                notes=[*methods.notes, *beaten_without_training(ranked.metrics)],
+                notes=[*methods.notes, *data.notes(), *ranked.notes, *compare_with_bridges(ranked)],
             ),
         )
+
+
+def _part(arguments: argparse.Namespace, data: PairedSet) -> str | None:
+    """Say which part of a benchmark the data is, where that is not the one that published numbers are of."""
+    from .pair_ranking import FLICKR_SOUNDNET_PAIRS
+    from .pairs import KARPATHY
+
+    layout = arguments.layout
+    if layout == "flickr-soundnet":
+        pairs = data.sizes[0]
+        return None if pairs == FLICKR_SOUNDNET_PAIRS else f"{pairs:,} pairs in place of {FLICKR_SOUNDNET_PAIRS:,}"
+    if arguments.list is not None:
+        return f"the list {arguments.list.name}"
+    if layout == "coco" and not (Path(arguments.data) / KARPATHY).is_file():
+        return "the official captions, not a split of Karpathy"
+    if layout in _PROTOCOL and arguments.split not in (None, _PROTOCOL[layout]):
+        return f"the split {arguments.split}"
+    return None
 
 
 def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
@@ -190,7 +217,13 @@ def _paired_set(arguments: argparse.Namespace) -> PairedSet:
     ):
         raise ValueError("Expected --data, or --images and --audio. See cmcr evaluate retrieval --help.")
     if arguments.images is not None:
-        return load_folders(arguments.images, arguments.audio, arguments.label, limit)
+        for option in ("layout", *_LAYOUTS_OF):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"--{option} goes with --data, got --images and --audio. Leave it out.")
+        return load_folders(arguments.images, arguments.audio, arguments.label or "parent", limit)
+    if arguments.label is not None:
+        raise ValueError("--label goes with --images and --audio, got --data. Leave it out.")
+    layout = layout or "pairs"
     for option, layouts in _LAYOUTS_OF.items():
         if getattr(arguments, option) is not None and layout not in layouts:
             raise ValueError(f"--{option} goes with --layout {' and '.join(layouts)}, got {layout}. Leave it out.")

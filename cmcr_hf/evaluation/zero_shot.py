@@ -91,8 +91,7 @@ def zero_shot_scores(
         text_space: the source that embeds the prompts; by default that which the model's texts go through.
 
     Raises:
-        ValueError: a template has not one `{}`; or an item of a strict set cannot be read, or none of another; names
-            it.
+        ValueError: a template has not one `{}`, or no item can be read.
     """
     for template in templates:
         if template.count("{}") != 1:
@@ -102,7 +101,7 @@ def zero_shot_scores(
         prompts += [template.replace("{}", word) for word in words for template in templates]
         classes += [index] * (len(words) * len(templates))
     texts = model.embeds(Items.listed("text", prompts), text_space)
-    store = model.source_store(data.items, strict=data.strict)
+    store = model.source_store(data.items, strict=False)
     embeds = model.project(store.tensor().float(), data.items.modality)
     return data.readable({*store.keys()}) if store.skipped else data, embeds @ class_embeds(texts, classes).T
 
@@ -120,7 +119,9 @@ class Measured:
     by_class: torch.Tensor
 
 
-def measure(scores: torch.Tensor, data: LabelledSet, *, resamples: int = 1000, seed: int = 0) -> Measured:
+def measure(
+    scores: torch.Tensor, data: LabelledSet, *, resamples: int = 1000, seed: int = 0, progress: bool = False
+) -> Measured:
     """Measure `(items, classes)` scores.
 
     Items of one class: top-1, top-3 and top-5 accuracy, as far as there are so many classes, and the mean of the
@@ -154,7 +155,7 @@ def measure(scores: torch.Tensor, data: LabelledSet, *, resamples: int = 1000, s
     everything = torch.arange(len(scores))
     found = {name: rows.mean().item() for name, rows in values.items()} | class_mean(everything)
     intervals = bootstrap_means(values, resamples=resamples, seed=seed)
-    intervals |= bootstrap_statistic(class_mean, len(scores), resamples=resamples, seed=seed)
+    intervals |= bootstrap_statistic(class_mean, len(scores), resamples=resamples, seed=seed, progress=progress)
     return Measured({CHANCE: expected, MODEL: found}, intervals, by_class(everything))
 
 

@@ -140,7 +140,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             pairs += _flat(value, f"{prefix}{name} ")
-        elif value is not None:
+        elif value is not None and value != []:
             text = str(value)
             if isinstance(value, (list, tuple)):
                 more = [f"... ({len(value):,} in result.json)"] if len(value) > LISTED else []

@@ -297,6 +297,36 @@ def test_posterior_matching_takes_a_temperature_for_each_space(four: Four) -> No
         posterior_matching(*four, temperature=(0.05, -1))
 
 
+def test_scorers_of_posterior_matching_sum_over_the_texts_once_whatever_the_blocks(
+    four: Four, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, text_a, text_b, b = four
+    expected = posterior_matching(*four, temperature=(0.05, 0.2))
+    summed = []
+    before = baselines._log_partition
+    monkeypatch.setattr(baselines, "_log_partition", lambda *all: summed.append(len(all[0])) or before(*all))
+    there, back = baseline_scorers(a, b, text_a, text_b, posterior_temperatures=(0.05, 0.2))["posterior matching"]
+    found = torch.cat([there(slice(row, row + 2)) for row in range(0, len(a), 2)])
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([back(slice(row, row + 1)) for row in range(len(b))]), expected.T)
+    # Each side as a whole, for both directions.
+    assert summed == [len(a), len(b)]
+
+
+@pytest.mark.parametrize(("texts", "sizes"), [(40, {16}), (33, {16}), (10, {10})])
+def test_no_batch_of_the_linear_map_has_a_text_twice(
+    monkeypatch: pytest.MonkeyPatch, texts: int, sizes: set[int]
+) -> None:
+    batches = []
+    before = baselines.symmetric_info_nce
+    monkeypatch.setattr(baselines, "symmetric_info_nce", lambda a, b, scale: batches.append(b) or before(a, b, scale))
+    linear_map(unit(texts, 4, 0), unit(texts, 6, 1), steps=30, batch=16)
+    assert {len(batch) for batch in batches} == sizes
+    assert all(len(batch.unique(dim=0)) == len(batch) for batch in batches)
+    # And none is left out for good.
+    assert len(torch.cat(batches).unique(dim=0)) == texts
+
+
 def test_report_scores_are_those_of_the_single_functions(four: Four) -> None:
     a, text_a, text_b, b = four
     scores = baseline_scores(a, b, text_a, text_b, temperature=0.1)

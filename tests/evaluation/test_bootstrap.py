@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmcr_hf.evaluation import bootstrap as module
-from cmcr_hf.evaluation.bootstrap import bootstrap_means, bootstrap_statistic
+from cmcr_hf.evaluation.bootstrap import bootstrap_means, bootstrap_means_of_sides, bootstrap_statistic
 
 
 def numbers(count: int = 200) -> torch.Tensor:
@@ -47,6 +47,25 @@ def test_rows_of_a_group_are_drawn_together() -> None:
     assert copies["x"] == pytest.approx(alone["x"])
     low, high = bootstrap_means({"x": values.repeat_interleave(5)}, resamples=200)["x"]
     assert high - low < 0.6 * (copies["x"][1] - copies["x"][0])
+
+
+def test_the_mean_of_sides_draws_a_group_on_all_sides_at_once() -> None:
+    values = numbers(40)
+    one = bootstrap_means({"x": values}, resamples=200)
+    # What one side gains, the other one loses.
+    sides = [({"x": values}, None), ({"x": -values.repeat_interleave(3)}, torch.arange(120) // 3)]
+    assert bootstrap_means_of_sides(sides, resamples=200)["x"] == pytest.approx((0, 0), abs=1e-12)
+    same = [({"x": values}, None), ({"x": values.repeat_interleave(3)}, torch.arange(120) // 3)]
+    assert bootstrap_means_of_sides(same, resamples=200)["x"] == pytest.approx(one["x"])
+    with pytest.raises(ValueError, match=r"Got \[40, 41\] groups, expected as many of every side"):
+        bootstrap_means_of_sides([({"x": values}, None), ({"x": numbers(41)}, None)])
+
+
+def test_long_draws_show_their_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    bootstrap_statistic(mean_of(numbers()), 200, resamples=20)
+    assert capsys.readouterr().err == ""
+    bootstrap_statistic(mean_of(numbers()), 200, resamples=20, progress=True)
+    assert "resampled: 100%" in capsys.readouterr().err
 
 
 def test_equal_values_have_an_interval_of_no_width() -> None:

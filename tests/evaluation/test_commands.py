@@ -34,14 +34,19 @@ def finished(folder: Path, result: EvaluationResult, limit: int | None = None) -
 
 
 def test_a_whole_data_set_stands_beside_what_others_published(tmp_path: Path) -> None:
-    found = finished(tmp_path, make_result(missing=0))
+    found = finished(tmp_path, make_result(missing=[], part=None))
     assert found["notes"] == [] and len(found["published"]) == 1
 
 
 @pytest.mark.parametrize(
     ("data", "limit", "said"),
     [
-        ({"missing": 5, "empty": 2}, None, "Left out: 5 items (no such file), 2 rows (an empty cell)."),
+        (
+            {"missing": ["a.wav", "b.wav"], "empty": 2},
+            None,
+            "Left out: 2 items (no such file, for example a.wav), 2 rows (an empty cell).",
+        ),
+        ({"part": "fold 1"}, None, "This is fold 1, which published numbers are not of, so none stand here."),
         (
             {"missing": ["a.wav"], "unreadable": ["b.wav", "c.wav"]},
             None,

@@ -65,7 +65,7 @@ def test_a_folder_in_its_layout_becomes_numbers_and_a_page(
         assert all(0 <= value <= 1 for value in row["localization"].values())
     for name, (low, high) in found["intervals"]["model"]["localization"].items():
         assert low <= rows["model"]["localization"][name] <= high
-    assert found["data"]["missing"] == 0
+    assert found["data"]["missing"] == found["data"]["unreadable"] == []
     assert len(found["data"]["fingerprint"]) == 3
     assert found["settings"]["method"] == method
     assert str(tmp_path) not in json.dumps(found)
@@ -226,7 +226,7 @@ def test_cases_are_of_several_classes_where_there_are_several(tmp_path: Path, mo
     labels = [*["dog"] * 6, *"abcdefghijklmn"]
     pairs = [SoundingPicture(str(row), "image", "audio", (), label, str(row)) for row, label in enumerate(labels)]
     monkeypatch.setattr(localization, "draw_located", lambda *_: None)
-    data = SoundingPictures(tmp_path, pairs, 1, 0)
+    data = SoundingPictures(tmp_path, pairs, 1, [])
     measured = Measured({}, {}, np.linspace(0, 1, 20), [""] * 20)
     best, worst = localization_commands._cases(SimpleNamespace(locate=lambda pair: None), data, measured)
     assert [case.query.label for case in best] == [*"nmlkjihg"]
@@ -249,10 +249,44 @@ def test_bad_input_is_told_in_one_line(
     message = refused(capsys, *run, data, "--detector", tmp_path / "nothing")
     assert "Cannot load the detector" in message
     assert "facebook/detr-resnet-50" in message
-    (data / "frames" / "zpWuikVorYg_000032.jpg").write_bytes(b"no picture")
+    for picture in (data / "frames").iterdir():
+        picture.write_bytes(b"no picture")
     message = refused(capsys, *run, data)
     assert "zpWuikVorYg_000032" in message
     assert message.splitlines()[-1].startswith("cmcr evaluate:")
+
+
+@pytest.mark.parametrize("way", ["grid", "detector", "dense"])
+def test_pictures_and_sounds_that_cannot_be_read_are_left_out_and_listed(
+    tmp_path: Path, tiny_model: Path, detector: Path, few_boxes: None, way: str
+) -> None:
+    broken = ["frames/zpWuikVorYg_000032.jpg", "audio/-d1KR2BSfHM_000065.wav"]
+    whole, data = (write_vgg_ss(tmp_path / name) for name in ("whole", "data"))
+    for name in broken:
+        (data / name).write_bytes(b"nothing")
+        (whole / name).unlink()
+    more = {"grid": (), "detector": ("--detector", str(detector)), "dense": ("--method", "dense")}[way]
+    expected = evaluate("localization", tiny_model, whole, "vgg-ss", tmp_path / "one", *more)
+    for _ in range(2):
+        found = evaluate("localization", tiny_model, data, "vgg-ss", tmp_path / "other", *more)
+    assert found["data"]["items"] == {"pairs": 2, "videos": 2}
+    assert found["data"]["unreadable"] == broken and expected["data"]["unreadable"] == []
+    assert f"Left out: 2 items (cannot be read, for example {broken[0]})." in found["notes"]
+    assert found["published"] == []
+    for method, row in expected["metrics"].items():
+        assert found["metrics"][method]["localization"] == pytest.approx(row["localization"])
+    assert [case["score"] for case in found["best"]] == pytest.approx([case["score"] for case in expected["best"]])
+
+
+def test_recognition_leaves_out_what_cannot_be_read_too(tmp_path: Path, tiny_model: Path, few_boxes: None) -> None:
+    data = write_extended_vgg_ss(tmp_path / "data")
+    (data / "frames" / "9PmzQI8ZYpg_000147.jpg").write_bytes(b"no picture")
+    (data / "audio" / "zpWuikVorYg_000032.wav").write_bytes(b"no sound")
+    more = ("--confidence", "picture")
+    found = evaluate("recognition", tiny_model, data, "extended-vgg-ss", tmp_path / "out", *more)
+    assert found["data"]["items"] == {"pairs": 5, "videos": 5, "non-sounding": 2}
+    assert found["data"]["unreadable"] == ["frames/9PmzQI8ZYpg_000147.jpg", "audio/zpWuikVorYg_000032.wav"]
+    assert found["published"] == []
 
 
 def test_drawn_pictures_have_the_boxes_of_annotators_in_green_and_the_answer_in_red() -> None:

@@ -40,7 +40,7 @@ def test_vgg_ss_has_the_boxes_of_its_list(tmp_path: Path) -> None:
     assert (first.image, first.audio) == ("frames/zpWuikVorYg_000032.jpg", "audio/zpWuikVorYg_000032.wav")
     assert (first.label, first.video) == ("class 0", "zpWuikVorYg")
     assert second.boxes == ((0.12, 0.17, 0.6, 0.85), (0.76, 0.27, 0.98, 0.56))
-    assert (data.consensus, data.missing) == (1, 0)
+    assert (data.consensus, data.missing) == (1, [])
 
 
 def test_flickr_soundnet_has_the_boxes_of_three_annotators_for_the_pairs_of_its_list(tmp_path: Path) -> None:
@@ -82,14 +82,15 @@ def test_extended_data_sets_have_pairs_in_which_nothing_sounds(tmp_path: Path) -
     assert (data.pairs[3].video, data.consensus) == ("10000130166", 2)
 
 
-def test_pairs_without_picture_or_sound_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_pairs_without_picture_or_sound_are_left_out_and_named(tmp_path: Path) -> None:
     write_vgg_ss(tmp_path)
     (tmp_path / "frames" / "zpWuikVorYg_000032.jpg").unlink()
     (tmp_path / "audio" / "ORaz32CQ29k_000130.wav").unlink()
     (tmp_path / "frames" / "-d1KR2BSfHM_000065.jpg").rename(tmp_path / "frames" / "-d1KR2BSfHM_000065.png")
     data = load_vgg_ss(tmp_path)
     assert [pair.image for pair in data.pairs] == ["frames/-d1KR2BSfHM_000065.png", "frames/M1P1xla8rg0_000000.jpg"]
-    assert data.missing == 2
+    assert data.missing == ["zpWuikVorYg_000032", "ORaz32CQ29k_000130"]
+    assert data.record()["missing"] == data.missing
 
 
 @pytest.mark.parametrize("file", LOADERS)

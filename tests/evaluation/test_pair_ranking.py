@@ -12,16 +12,18 @@ from torch.nn.functional import normalize
 
 from cmcr_hf.cli import main
 from cmcr_hf.evaluation import pair_ranking
-from cmcr_hf.evaluation.baselines import POSTERIOR_TEMPERATURE, TRAINING_FREE, inner_scorer
+from cmcr_hf.evaluation.baselines import BRIDGE_TEMPERATURE, POSTERIOR_TEMPERATURE, TRAINING_FREE, inner_scorer
+from cmcr_hf.evaluation.bootstrap import _draws
 from cmcr_hf.evaluation.pair_ranking import (
     MEAN,
-    beaten_without_training,
+    Ranked,
+    compare_with_bridges,
     measure_rankings,
     posterior_temperatures,
     ranking_cases,
 )
 from cmcr_hf.evaluation.pairs import PairedSet
-from cmcr_hf.evaluation.retrieval import label_retrieval, pair_retrieval
+from cmcr_hf.evaluation.retrieval import chance, label_retrieval, pair_retrieval, pair_values
 from cmcr_hf.modeling.configuration_cmcr import CMCRConfig
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.training import embed as embedding
@@ -92,17 +94,94 @@ def test_classes_are_measured_beside_the_pairs() -> None:
     assert MEAN not in alone.metrics["model"]
 
 
-def test_a_model_below_a_bridge_is_told_so_in_one_sentence() -> None:
-    metrics = {
-        "posterior matching": {"audio_to_image": {"mAP": 0.4}, "image_to_audio": {"mAP": 0.1}, MEAN: {"mAP": 0.25}},
-        "one-way bridge": {"audio_to_image": {"mAP": 0.3}, "image_to_audio": {"mAP": 0.2}, MEAN: {"mAP": 0.25}},
-        "ridge": {"audio_to_image": {"mAP": 0.9}, "image_to_audio": {"mAP": 0.9}, MEAN: {"mAP": 0.9}},
-        "model": {"audio_to_image": {"mAP": 0.35}, "image_to_audio": {"mAP": 0.2}, MEAN: {"mAP": 0.2}},
-    }
-    (sentence,) = beaten_without_training(metrics)
-    assert sentence.endswith("by mAP: audio → image 0.350 against 0.400 of posterior matching.")
-    metrics["model"]["audio_to_image"]["mAP"] = 0.4
-    assert beaten_without_training(metrics) == []
+def with_rivals(data: PairedSet, **noise: float) -> Ranked:
+    """Rank copies of one set of rows, each with so much noise: the more, the worse."""
+    second = unit(data.sizes[1], 3)
+    found = {}
+    for row, (name, size) in enumerate(noise.items()):
+        first = normalize(second + size * unit(data.sizes[0], 10 + row), dim=1)
+        found |= {name.replace("_", " "): scorers(first, second)["model"]}
+    return measure_rankings(data, found, resamples=200, progress=False)
+
+
+def test_a_bridge_ranks_better_only_where_the_interval_of_the_difference_excludes_0() -> None:
+    data = captioned(60, 1)
+    (worse,) = compare_with_bridges(with_rivals(data, posterior_matching=0.2, one_way_bridge=2, ridge=0, model=2))
+    assert "text → text, posterior matching ranks better (posterior matching 1.000, the model 0." in worse
+    (better,) = compare_with_bridges(with_rivals(data, posterior_matching=2, model=0.2))
+    assert "text → text, the model ranks better" in better
+    # By plain means one of them always is ahead.
+    same = with_rivals(data, posterior_matching=1.5, model=1.5)
+    means = [same.metrics[name]["text_to_text"]["mAP"] for name in ("posterior matching", "model")]
+    low, high = same.ahead["text_to_text"]["posterior matching"]
+    assert means[0] != means[1] and low < means[0] - means[1] < high and low < 0 < high
+    assert "text → text, no difference can be told" in compare_with_bridges(same)[0]
+    # Of the same queries, which differ more than the methods do.
+    own, rival = (same.intervals[name]["text_to_text"]["mAP"] for name in ("model", "posterior matching"))
+    assert high - low < (own[1] - own[0]) + (rival[1] - rival[0])
+    assert compare_with_bridges(with_rivals(data, ridge=0, model=2)) == []
+    without = replace(same, ahead={"text_to_text": {"posterior matching": None}})
+    assert compare_with_bridges(without)[0].startswith("Without resamples, no difference can be told")
+
+
+def test_the_mean_of_both_directions_has_an_interval_over_what_hangs_together() -> None:
+    data, first, second = captioned(12, 3), unit(12, 0), unit(36, 1)
+    found = measure_rankings(data, scorers(first, second), resamples=300, seed=4, progress=False)
+    scores = first @ second.T
+    values = [pair_values(scores, data.gold(0), (1,))["R@1"], pair_values(scores.T, data.gold(1), (1,))["R@1"]]
+    drawn = torch.cat(list(_draws(12, 300, 4)))
+    # Of an item drawn, all of its captions, so that the mean over captions is that over the items' means.
+    expected = [(values[0][rows].mean() + values[1].reshape(12, 3).mean(1)[rows].mean()).item() / 2 for rows in drawn]
+    low, high = found.intervals["model"][MEAN]["R@1"]
+    assert [low, high] == pytest.approx(np.quantile(expected, [0.025, 0.975]).tolist())
+    assert low <= found.metrics["model"][MEAN]["R@1"] <= high
+    assert set(found.intervals["model"][MEAN]) == set(found.metrics["model"][MEAN])
+    assert found.notes == [] and found.intervals["chance"] == {}
+
+
+def test_the_mean_has_no_interval_where_most_pairs_hang_together() -> None:
+    # One text belongs to all items but two.
+    pairs = torch.tensor([*([row, 0] for row in range(8)), [8, 1], [9, 2]])
+    data = PairedSet("set", (texts(10), texts(3)), pairs)
+    found = measure_rankings(data, scorers(unit(10, 0), unit(3, 1)), resamples=20, progress=False)
+    assert MEAN in found.metrics["model"] and MEAN not in found.intervals["model"]
+    assert "mean of both directions has no interval, since more than half of the pairs" in found.notes[0]
+
+
+def test_items_without_a_class_are_measured_as_pairs_alone() -> None:
+    labels = ["dog", "cat", None, "dog", "cat", None]
+    members = torch.tensor([[label == "cat", label == "dog"] for label in labels])
+    pairs = torch.arange(6)[:, None].expand(-1, 2).contiguous()
+    data = PairedSet("set", (texts(6), texts(6)), pairs, (members, members), ["cat", "dog"])
+    first, second = unit(6, 0), unit(6, 1)
+    found = measure_rankings(data, scorers(first, second), resamples=20, progress=False)
+    kept, own = [0, 1, 3, 4], ["dog", "cat", "dog", "cat"]
+    expected = label_retrieval(second[kept] @ first[kept].T, own, own, (1,))
+    assert found.metrics["model"]["text_to_text, by class"] == pytest.approx(expected)
+    assert found.metrics["chance"]["text_to_text, by class"] == pytest.approx(chance(own, own, (1,)))
+    assert "R@5" in found.metrics["model"]["text_to_text"]
+    assert data.notes() == [
+        "Measured by class without 2 texts and 2 texts, which have no class that the other side has."
+    ]
+
+
+def test_the_rank_of_a_case_is_the_mean_over_its_ties() -> None:
+    data = captioned(9, 1)
+    best, _ = ranking_cases(data, lambda rows: torch.zeros(9, 9)[rows], torch.linspace(1, 0, 9))
+    assert best[0].note == "its average precision; the first right one is at rank 5 of 9"
+    two = replace(data, pairs=torch.tensor([[row, row] for row in range(9)] + [[0, 1]]))
+    best, _ = ranking_cases(two, lambda rows: torch.zeros(9, 9)[rows], torch.linspace(1, 0, 9))
+    # (9 + 1) / (2 + 1), as the median rank counts it.
+    assert best[0].note == "its average precision; the first right one is at rank 3.3 of 9"
+    assert pair_values(torch.zeros(1, 9), torch.tensor([[0, 1]]), ())["rank"].item() == pytest.approx(10 / 3)
+
+
+def test_long_rankings_and_resamples_show_their_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    data, rows = captioned(12, 1), unit(12, 0)
+    measure_rankings(data, scorers(rows, rows), resamples=20)
+    assert "ranked: 100%" in (shown := capsys.readouterr().err) and "24/24" in shown and "resampled: 100%" in shown
+    measure_rankings(data, scorers(rows, rows), resamples=20, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_best_and_the_worst_cases_show_what_is_right() -> None:
@@ -216,8 +295,10 @@ def test_with_a_bank_the_baselines_stand_beside_the_model(
     fitted, bridges = {"ridge", "procrustes", "linear map"}, set(TRAINING_FREE)
     assert set(result["metrics"]) == {"chance", *fitted, *bridges, "closed cascade", "model"}
     assert "audio_to_image, by class" in result["metrics"]["posterior matching"]
-    chosen, *beaten = result["notes"]
-    assert beaten == beaten_without_training(result["metrics"])
+    chosen, told = result["notes"]
+    assert told.startswith("The model beside what needs no training, but the bank at every query, by mAP: audio → ")
+    assert result["settings"]["bridge_temperature"] == BRIDGE_TEMPERATURE
+    assert result["settings"]["text_space"] is None and result["model"]["device"] == "cpu"
     temperatures = result["settings"]["posterior_temperatures"]
     assert set(temperatures) == {"clap", "clip"} and all(0 < value < 1 for value in temperatures.values())
     told = " and ".join(f"{temperatures[space]:.3g} in {space}" for space in ("clap", "clip"))
@@ -309,6 +390,76 @@ def test_texts_are_compared_in_the_source_of_the_other_side_too(tiny_model: Path
     assert list(result["metrics"]) == ["chance", "clap alone", "model"]
     within = run(tiny_model, data, "image=picture", "text=caption")
     assert list(within["metrics"]) == ["chance", "clip alone", "model"]
+    # The space that the texts went through, whether or not it was named.
+    assert result["settings"]["text_space"] == within["settings"]["text_space"] == "clip"
+    named = run(tiny_model, data, "audio=clip", "text=caption", more=("--text-space", "clap"))
+    assert named["settings"]["text_space"] == "clap"
+
+
+def test_without_a_bank_a_report_says_what_would_stand_in_it(tiny_model: Path, data: Path) -> None:
+    said = "connect clap and clip without training stand here with --bank FILE: texts, which both embed."
+    assert said in " ".join(run(tiny_model, data, "audio=clip", "image=picture")["notes"])
+    # Of one space, no bank connects anything.
+    assert "--bank" not in " ".join(run(tiny_model, data, "text=caption", "image=picture")["notes"])
+
+
+@pytest.fixture
+def benchmark(data: Path) -> Path:
+    """Three pairs as AudioCaps, as VGG-SS, as Flickr-SoundNet and as COCO."""
+    for name in ("audio", "frames", "val2017", "annotations"):
+        (data / name).mkdir()
+    for kind in ("dog", "cat", "bell"):
+        (data / "audio" / f"{kind}.wav").write_bytes((data / f"{kind}.wav").read_bytes())
+        for folder in ("frames", "val2017"):
+            (data / folder / f"{kind}.png").write_bytes((data / f"{kind}.png").read_bytes())
+    rows = [f"{row},{kind},0,a {kind}" for row, kind in enumerate(("dog", "cat", "bell"))]
+    for split in ("test", "val"):
+        (data / f"{split}.csv").write_text("\n".join(["audiocap_id,youtube_id,start_time,caption", *rows]))
+    (data / "vggss.json").write_text(json.dumps([{"file": kind, "class": kind} for kind in ("dog", "cat", "bell")]))
+    (data / "flickr_test.csv").write_text("dog\ncat\nbell")
+    images = [{"id": row, "file_name": f"{kind}.png"} for row, kind in enumerate(("dog", "cat", "bell"))]
+    captions = [{"image_id": row, "caption": "a thing"} for row in range(3)]
+    official = {"images": images, "annotations": captions}
+    (data / "annotations" / "captions_val2017.json").write_text(json.dumps(official))
+    sentences = [{"raw": "a thing"}]
+    karpathy = [
+        {"filepath": "val2017", "filename": f"{kind}.png", "split": split, "sentences": sentences}
+        for kind, split in (("dog", "test"), ("cat", "test"), ("bell", "val"), ("dog", "val"))
+    ]
+    (data / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "part"),
+    [
+        ("audiocaps", (), None),
+        ("audiocaps", ("--split", "test"), None),
+        ("audiocaps", ("--split", "val"), "the split val"),
+        ("vgg-ss", (), None),
+        ("vgg-ss", ("--list", "{}/flickr_test.csv"), "the list flickr_test.csv"),
+        ("flickr-soundnet", (), "3 pairs in place of 5,000"),
+        ("karpathy", (), None),
+        ("karpathy", ("--split", "val"), "the split val"),
+        ("coco", (), "the official captions, not a split of Karpathy"),
+    ],
+)
+def test_published_numbers_stand_beside_the_split_and_the_list_that_they_are_of(
+    tiny_model: Path, benchmark: Path, layout: str, more: tuple[str, ...], part: str | None
+) -> None:
+    if layout == "karpathy":
+        (benchmark / "karpathy.json").rename(benchmark / "dataset_coco.json")
+        layout = "coco"
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(benchmark), "--device", "cpu"]
+    more = tuple(word.format(benchmark) for word in more)
+    assert main([*arguments, "--output", str(benchmark / "out"), "--bootstrap", "0", "--layout", layout, *more]) == 0
+    result = json.loads((benchmark / "out" / "result.json").read_text())
+    assert result["data"]["part"] == part
+    assert bool(result["published"]) == (part is None)
+    assert (f"This is {part}, which published numbers are not of, so none stand here." in result["notes"]) == (
+        part is not None
+    )
+    assert str(benchmark) not in json.dumps(result)
 
 
 def test_a_second_run_embeds_nothing_and_another_table_does(
@@ -334,6 +485,8 @@ def test_a_second_run_embeds_nothing_and_another_table_does(
         (("--columns", "picture"), "Expected --columns KIND=COLUMN, got 'picture'"),
         (("--images", "photos"), "Expected --data, or --images and --audio"),
         (("--layout", "coco"), "cocodataset.org/#download"),
+        (("--layout", "coco", "--split", "val"), "has no dataset_coco.json, whose split 'val' is"),
+        ((*COLUMNS, "--label", "stem"), "--label goes with --images and --audio, got --data"),
         ((*COLUMNS, "--text-space", "clap"), "--text-space says which source embeds the texts of the data, which has"),
         ((*COLUMNS, "--bank-column", "text"), "--bank-column goes with --bank"),
         ((*COLUMNS, "--bank", "some/nope.txt"), "There is no file or folder 'some/nope.txt'. Name the bank: texts in"),
@@ -349,6 +502,18 @@ def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
     arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(table), "--output", str(data / "out")]
     assert main([*arguments, *more]) == 1
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("split", "test"), ("layout", "vgg-ss"), ("columns", "image=a"), ("files", "a"), ("config", "a"), ("list", "a")],
+)
+def test_folders_of_pictures_and_sounds_refuse_the_options_of_data(
+    data: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    arguments = ["evaluate", "retrieval", "--model", "no/model", "--images", str(data), "--audio", str(data)]
+    assert main([*arguments, "--output", str(data / "out"), f"--{option}", value]) == 1
+    assert f"--{option} goes with --data, got --images and --audio. Leave it out." in capsys.readouterr().err
 
 
 def test_a_bank_of_what_a_source_does_not_embed_is_refused(

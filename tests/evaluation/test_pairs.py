@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +123,38 @@ def test_a_cell_that_names_no_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", '{"image": {"bytes": "..."}, "text": "a dog"}')
     with pytest.raises(ValueError, match="Expected a file name in image of row 0"):
         load_pairs(str(tmp_path / "p.jsonl"), [("image", "image"), ("text", "text")])
+
+
+@pytest.mark.parametrize("empty", ["", " ", None, math.nan])
+def test_an_empty_class_leaves_its_items_without_one_and_the_others_with_theirs(
+    tmp_path: Path, empty: str | float | None
+) -> None:
+    write_clips(tmp_path, "a", "b", "c")
+    rows = [{"f": "a.wav", "t": "1", "k": "dog"}, {"f": "b.wav", "t": "2", "k": empty}]
+    rows.append({"f": "c.wav", "t": "3", "k": "cat"})
+    write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    data = load_pairs(str(tmp_path / "p.jsonl"), [("audio", "f"), ("text", "t"), ("class", "k")])
+    assert classes_of(data, 0) == classes_of(data, 1) == [["dog"], [], ["cat"]]
+    assert data.classified(0).tolist() == data.classified(1).tolist() == [0, 2]
+    said = "Measured by class without 1 clip and 1 text, which have no class that the other side has."
+    assert data.notes() == [said]
+
+
+def test_a_column_of_classes_without_any_is_refused(tmp_path: Path) -> None:
+    write_clips(tmp_path, "a")
+    write(tmp_path / "p.csv", "f,t,k\na.wav,1,\n")
+    with pytest.raises(ValueError, match=r"The column 'k' of .* names no class in any row"):
+        load_pairs(str(tmp_path / "p.csv"), [("audio", "f"), ("text", "t"), ("class", "k")])
+
+
+def test_what_hangs_together_by_pairs_is_one_unit() -> None:
+    pairs = torch.tensor([[0, 0], [1, 1], [1, 2], [2, 2], [3, 1], [4, 3], [4, 4]])
+    data = PairedSet("set", (Items.listed("text", list("abcde")), Items.listed("text", list("12345"))), pairs)
+    assert [unit.tolist() for unit in data.units()] == [[0, 1, 1, 1, 2], [0, 1, 1, 2, 2]]
+    # A chain, whose ends are far from each other.
+    chain = torch.tensor([[row, row + step] for row in range(40) for step in (0, 1)])
+    ends = PairedSet("set", (data.sides[0], data.sides[1]), chain).units()
+    assert not ends[0].any() and not ends[1].any()
 
 
 def test_other_classes_have_another_fingerprint(tmp_path: Path) -> None:

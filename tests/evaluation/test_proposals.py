@@ -46,34 +46,38 @@ class CountingDetector:
 
     def __init__(self, name: str) -> None:
         self.record = {"id": name}
-        self.seen: list[str] = []
+        self.seen: list[int] = []
 
-    def boxes(self, image: Path) -> np.ndarray:
-        self.seen.append(image.name)
+    def boxes(self, image: Image.Image) -> np.ndarray:
+        self.seen.append(image.width)
         return np.array([[0.1, 0.2, 1 / 3, len(self.seen) / 7]])
 
 
 def test_proposals_are_kept_and_a_killed_run_goes_on(tmp_path: Path) -> None:
-    names = ["a.png", "b.png", "c.png"]
-    for name in names:
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    names, widths = ["a.png", "b.png", "c.png"], [8, 9, 10]
+    for name, width in zip(names, widths, strict=True):
+        Image.new("RGB", (width, 8)).save(tmp_path / name)
     kept = tmp_path / "kept" / "proposals.jsonl"
 
-    def run(name: str, pictures: list[str]) -> tuple[list[str], list[Any]]:
+    def run(name: str, pictures: list[str]) -> tuple[list[int], list[Any]]:
         detector: Any = CountingDetector(name)
         boxes = propose(detector, pictures, tmp_path, kept, progress=False)
         return detector.seen, [found.tolist() for found in boxes]
 
     seen, boxes = run("one", names)
-    assert seen == names
+    assert seen == widths
     content = kept.read_text()
     assert run("one", names) == ([], boxes)
     # Whole lines and a part of one.
     kept.write_text(content[: content.rindex("[[") + 4])
-    assert run("one", names)[0] == ["c.png"]
+    assert run("one", names)[0] == [10]
     assert len(kept.read_text().splitlines()) == 4
-    assert run("other", names)[0] == names
-    assert run("other", names[:2])[0] == names[:2]
+    assert run("other", names)[0] == widths
+    assert run("other", names[:2])[0] == widths[:2]
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    for again in (widths[::2], []):
+        seen, boxes = run("other", names)
+        assert seen == again and [len(found) for found in boxes] == [1, 0, 1]
 
 
 def test_a_region_is_squeezed_into_a_square_of_its_area() -> None:

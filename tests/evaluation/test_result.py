@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -88,6 +89,7 @@ def test_what_is_written_says_how_to_run_it_again_and_names_no_machine(
     assert document["settings"]["command"] == "cmcr evaluate retrieval --data pets.csv --model=model"
     assert document["settings"]["seed"] == 3
     assert set(document["settings"]["versions"]) >= {"python", "torch", "transformers", "cmcr-hf"}
+    assert document["settings"]["versions"]["pillow"] == importlib.metadata.version("pillow")
     assert document["intervals"]["model"]["audio_to_image"]["R@1"] == [0.5, 0.875]
     assert document["published"][0]["source"] == "a paper, table 3"
     assert document["best"][0]["found"][0] == {
@@ -98,6 +100,12 @@ def test_what_is_written_says_how_to_run_it_again_and_names_no_machine(
         "right": True,
     }
     assert document["best"][0]["found"][1]["text"] == "a <b>cat</b>"
+
+
+def test_versions_are_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmcr_hf.evaluation.result.DECODERS", ("pillow", "no-such-package"))
+    versions = settings([], seed=0, resamples=0, resampled="queries")["versions"]
+    assert "pillow" in versions and "no-such-package" not in versions
 
 
 def test_the_page_holds_its_pictures_and_sounds_and_escapes_texts(result: EvaluationResult, tmp_path: Path) -> None:

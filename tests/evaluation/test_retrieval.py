@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise, permutations
+from math import comb
 
 import pytest
 import torch
 
 from cmcr_hf.evaluation import retrieval
-from cmcr_hf.evaluation.retrieval import chance, label_retrieval, pair_retrieval
+from cmcr_hf.evaluation.retrieval import _recall, chance, label_retrieval, pair_retrieval
 
 
 def rank_metrics(relevant: list[bool], ks: tuple[int, ...]) -> dict[str, float]:
@@ -286,6 +288,16 @@ def test_one_true_column_in_a_wider_gold_is_that_alone() -> None:
     gold = torch.randint(20, (30,), generator=torch.Generator().manual_seed(3))
     wide = torch.stack([torch.full((30,), -1), gold], 1)
     assert pair_retrieval(scores, wide) == pytest.approx(pair_retrieval(scores, gold), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [12, 25_000, 10_000_000])
+@pytest.mark.parametrize(("k", "found"), [(1, 1), (5, 2), (10, 5), (10, 12), (3, 7), (12, 5)])
+def test_recall_is_exact_in_galleries_of_any_size(size: int, k: int, found: int) -> None:
+    exact = 1 - Fraction(comb(size - found, k), comb(size, k))
+    zero = torch.zeros(2, dtype=torch.float64)
+    # Behind two items, the tie group has two places fewer.
+    value = _recall(k + 2, zero + 2, zero + size, zero + found)[0].item()
+    assert abs(Fraction(value) - exact) <= exact * Fraction(1, 10**13)
 
 
 def test_a_true_column_of_minus_infinity_is_last_and_not_missing() -> None:

@@ -402,6 +402,8 @@ def test_folds_names_templates_and_limits_reach_the_result(tiny_model: Path, fol
     )
     found = result(folder)
     assert found["data"]["items"] == {"items": 3, "classes": 3}
+    assert found["published"] == [] and found["data"]["part"] == "fold 1 and 2 of five"
+    assert "This is fold 1 and 2 of five, which published numbers are not of, so none stand here." in found["notes"]
     assert found["settings"]["templates"] == ["a {}", "{}"]
     (folder / "t.txt").write_text("the {}\n")
     assert run(tiny_model, folder, "esc-50", "--prompts", str(folder / "t.txt"), "--limit", "2") == 0
@@ -445,6 +447,38 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
     shown = [case["query"] for case in found["best"] + found["worst"]]
     assert shown
     assert all(query["label"] == own[query["name"]] for query in shown)
+
+
+@pytest.mark.parametrize(
+    ("layout", "write_layout", "lost", "published"),
+    [
+        ("esc-50", write_esc50, "3.wav", True),
+        ("imagenet", write_imagenet, "n00000002/1.JPEG", False),
+        ("modelnet40", write_modelnet40, "bathtub/test/1.off", True),
+    ],
+)
+def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
+    tiny_model: Path,
+    tiny_ulip_model: Path,
+    folder: Path,
+    layout: str,
+    write_layout: Any,
+    lost: str,
+    published: bool,
+) -> None:
+    write_layout(folder)
+    model = tiny_ulip_model if layout == "modelnet40" else tiny_model
+    assert run(model, folder, layout, "--template", "{}") == 0
+    whole = result(folder)
+    write(folder / ("audio" if layout == "esc-50" else "") / lost, b"nothing")
+    assert run(model, folder, layout, "--template", "{}") == 0
+    found = result(folder)
+    assert whole["data"]["unreadable"] == [] and found["data"]["unreadable"] == [lost]
+    assert found["data"]["items"]["items"] == whole["data"]["items"]["items"] - 1
+    # What is told apart stays the same.
+    assert found["data"]["items"]["classes"] == whole["data"]["items"]["classes"]
+    assert (bool(whole["published"]), found["published"]) == (published, [])
+    assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
 
 
 @pytest.mark.parametrize("layout", ["folder", "table", "data set"])
