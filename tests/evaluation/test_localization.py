@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from cmcr_hf.evaluation.localization_data import SoundingPicture, load_vgg_ss
 from cmcr_hf.evaluation.proposals import grid_boxes
 from cmcr_hf.evaluation.regions import cut_square
 from cmcr_hf.modeling.image_loading_cmcr import load_image
+from tests.evaluation.by_hand import evaluate
 from tests.evaluation.sounding_folders import (
     write_extended_flickr_soundnet,
     write_extended_vgg_ss,
@@ -34,20 +34,6 @@ EXTENDED = {
     "extended-vgg-ss": write_extended_vgg_ss,
     "extended-flickr-soundnet": write_extended_flickr_soundnet,
 }
-
-
-@pytest.fixture
-def few_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid of 3 boxes, so that a test takes no longer than that."""
-    monkeypatch.setattr(proposals, "SIDES", (1, 0.5001))
-    monkeypatch.setattr(proposals, "MAX_ASPECT", 1)
-
-
-def evaluate(task: str, model: Path, data: Path, layout: str, output: Path, *more: str) -> dict[str, Any]:
-    words = ["evaluate", task, "--model", str(model), "--data", str(data), "--layout", layout, "--output", str(output)]
-    assert main([*words, "--bootstrap", "20", "--device", "cpu", *more]) == 0
-    document: dict[str, Any] = json.loads((output / "result.json").read_text())
-    return document
 
 
 @pytest.mark.parametrize("method", ["proposals", "dense"])
