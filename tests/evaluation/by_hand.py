@@ -75,6 +75,8 @@ def statistic_of(metric: str) -> Callable[[np.ndarray], Any]:
 def resampled(values: np.ndarray, statistic: Callable[[np.ndarray], Any], groups: np.ndarray) -> list[float]:
     """Return the ends of 95 % of what draws of whole groups give, the draws those of the command with the seed 0.
 
+    Draws that give NaN count as none.
+
     Args:
         values: `(rows,)`.
         groups: `(rows,)` numbers from 0 on.
@@ -83,4 +85,4 @@ def resampled(values: np.ndarray, statistic: Callable[[np.ndarray], Any], groups
     draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [np.flatnonzero(groups == group) for group in range(count)]
     found = [statistic(values[np.concatenate([rows[group] for group in draw])]) for draw in draws]
-    return np.quantile(found, [0.025, 0.975]).tolist()
+    return np.nanquantile(found, [0.025, 0.975]).tolist()

@@ -10,9 +10,11 @@ from tests.media import RATE, chord, encode_audio, patchwork
 def write_media(folder: Path, pictures: Iterable[str], sounds: Iterable[str]) -> None:
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     (folder / "audio").mkdir(exist_ok=True)
-    for row, name in enumerate(pictures):
+    # None like another that is there.
+    first = len(list((folder / "frames").iterdir()))
+    for row, name in enumerate(pictures, first):
         patchwork(seed=row).save(folder / "frames" / f"{name}.jpg")
-    for row, name in enumerate(sounds):
+    for row, name in enumerate(sounds, first):
         (folder / "audio" / f"{name}.wav").write_bytes(encode_audio(chord(RATE // 4, seed=row)))
 
 
