@@ -41,6 +41,11 @@ def patchwork(height: int = 40, width: int = 56, seed: int = 0) -> Image.Image:
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
 
 
+def cloud(seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return (random.normal(size=(64, 3)) * random.uniform(0.2, 1, 3)).astype(np.float32)
+
+
 def encode_image(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format, **options)

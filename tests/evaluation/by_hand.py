@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from sklearn.metrics import average_precision_score
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
+from tests.media import RATE, chord, encode_audio, encode_image, patchwork
 
 RESAMPLES = 20
 _ARGUMENTS = {"image": "images", "audio": "audio", "text": "text", "point_cloud": "point_clouds"}
@@ -86,3 +89,29 @@ def resampled(values: np.ndarray, statistic: Callable[[np.ndarray], Any], groups
     rows = [np.flatnonzero(groups == group) for group in range(count)]
     found = [statistic(values[np.concatenate([rows[group] for group in draw])]) for draw in draws]
     return np.nanquantile(found, [0.025, 0.975]).tolist()
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def write_clips(folder: Path, names: Sequence[str]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(encode_audio(chord(RATE // 4, seed=seed)))
+    return [folder / name for name in names]
+
+
+def write_photos(folder: Path, names: Sequence[str]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(encode_image(patchwork(seed=seed), "JPEG"))
+    return [folder / name for name in names]
+
+
+def write_data_set(folder: Path, columns: dict[str, list[Any]], features: datasets.Features) -> None:
+    folder.mkdir(parents=True)
+    # From arrow, since `datasets` encodes audio with torchcodec alone.
+    table = datasets.table.InMemoryTable(pa.table(columns, schema=features.arrow_schema))
+    datasets.Dataset(table, info=datasets.DatasetInfo(features=features)).to_parquet(folder / "test-0.parquet")

@@ -19,9 +19,21 @@ from sklearn.linear_model import Ridge
 
 from cmcr_hf.evaluation.baselines import BRIDGE_TEMPERATURE
 from cmcr_hf.evaluation.pair_ranking import MEAN
-from tests.evaluation.by_hand import embed, embed_source, evaluate, rankings, resampled, statistic_of, unit
+from tests.evaluation.by_hand import (
+    embed,
+    embed_source,
+    evaluate,
+    rankings,
+    resampled,
+    statistic_of,
+    unit,
+    write_clips,
+    write_data_set,
+    write_photos,
+    write_text,
+)
 from tests.evaluation.sounding_folders import write_media
-from tests.media import RATE, chord, encode_audio, encode_image, patchwork
+from tests.media import RATE, chord, cloud, encode_audio, encode_image, patchwork
 
 WORDS = ("a", "the", "dog", "cat", "bell", "sea", "train", "barks", "rings", "small", "red", "loud", "sound")
 # The tiny CLIP reads a text up to the word of the largest number, which is the last one here.
@@ -81,33 +93,9 @@ class Captioned:
         return [(item, self.add(item)) for turn in range(3) for item in range(self.items) if item % 3 >= turn]
 
 
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-
-
-def write_clips(folder: Path, names: Sequence[str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(names):
-        (folder / name).write_bytes(encode_audio(chord(RATE // 4, seed=seed)))
-    return [folder / name for name in names]
-
-
-def write_photos(folder: Path, names: Sequence[str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(names):
-        (folder / name).write_bytes(encode_image(patchwork(seed=seed), "JPEG"))
-    return [folder / name for name in names]
-
-
-def cloud(seed: int) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    return (random.normal(size=(64, 3)) * random.uniform(0.2, 1, 3)).astype(np.float32)
 
 
 # The layouts
@@ -270,13 +258,6 @@ def data_set_of_clouds(folder: Path) -> Written:
     options = ("--split", "test", "--columns", "point_cloud=points", "image=render")
     pairs = [(item, item) for item in range(10)]
     return Written(("point_cloud", "image"), (clouds, photos), pairs, None, "set", options)
-
-
-def write_data_set(folder: Path, columns: dict[str, list[Any]], features: datasets.Features) -> None:
-    folder.mkdir(parents=True)
-    # From arrow, since `datasets` encodes audio with torchcodec alone.
-    table = datasets.table.InMemoryTable(pa.table(columns, schema=features.arrow_schema))
-    datasets.Dataset(table, info=datasets.DatasetInfo(features=features)).to_parquet(folder / "test-0.parquet")
 
 
 LAYOUTS = {
