@@ -20,8 +20,9 @@ RESAMPLES = 20
 _ARGUMENTS = {"image": "images", "audio": "audio", "text": "text", "point_cloud": "point_clouds"}
 
 
-def evaluate(task: str, model: Path, data: Path, layout: str, output: Path, *more: str) -> dict[str, Any]:
-    words = ["evaluate", task, "--model", str(model), "--data", str(data), "--layout", layout, "--output", str(output)]
+def evaluate(task: str, model: Path, data: Path | None, layout: str, output: Path, *more: str) -> dict[str, Any]:
+    words = ["evaluate", task, "--model", str(model), "--layout", layout, "--output", str(output)]
+    words += [] if data is None else ["--data", str(data)]
     assert main([*words, "--bootstrap", str(RESAMPLES), "--device", "cpu", *more]) == 0
     document: dict[str, Any] = json.loads((output / "result.json").read_text())
     return document
@@ -59,11 +60,13 @@ def rankings(scores: np.ndarray, right: np.ndarray, ks: Sequence[int] = (1, 5, 1
     """Return what every query gives: whether one that is right is among the first k, the average precision, and so on.
 
     Args:
-        scores: `(queries, gallery)`, of which no two of a query are nearer to each other than rounding brings them.
+        scores: `(queries, gallery)`.
         right: the same shape, bool.
     """
-    assert np.diff(np.sort(scores, axis=1), axis=1).min() > 1e-6
-    ranked = np.take_along_axis(right, (-scores).argsort(axis=1), axis=1)
+    order = (-scores).argsort(axis=1)
+    ranked, ordered = np.take_along_axis(right, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    # Rounding must not decide between what is right and what is not.
+    assert -np.diff(ordered, axis=1)[ranked[:, 1:] != ranked[:, :-1]].max() > 1e-6
     rank = ranked.argmax(axis=1) + 1
     precision = [average_precision_score(own, row) for own, row in zip(right, scores, strict=True)]
     recalls = {f"R@{k}": rank <= k for k in ks if k <= scores.shape[1]}
@@ -97,15 +100,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_clips(folder: Path, names: Sequence[str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(encode_audio(chord(RATE // 4, seed=seed)))
     return [folder / name for name in names]
 
 
 def write_photos(folder: Path, names: Sequence[str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(encode_image(patchwork(seed=seed), "JPEG"))
     return [folder / name for name in names]
 

@@ -19,6 +19,7 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.evaluation.modelnet40 import CLASSES
+from cmcr_hf.modeling.point_cloud_loading_cmcr import load_point_cloud
 from tests.conftest import save_tiny_clip, tiny_tokenizer
 from tests.evaluation.by_hand import (
     embed,
@@ -31,6 +32,7 @@ from tests.evaluation.by_hand import (
     write_text,
 )
 from tests.evaluation.test_modelnet40 import write_h5
+from tests.evaluation.test_zero_shot import write_modelnet40
 from tests.media import RATE, chord, cloud, encode_audio
 
 KINDS = ("train", "dog", "loud_bell", "sea", "cat", "bell", "small_dog")
@@ -62,6 +64,23 @@ def of_kinds(count: int) -> tuple[list[str], list[set[int]], list[str]]:
     kinds = [KINDS[row * row % 11 % len(KINDS)] if row >= len(KINDS) else KINDS[row] for row in range(count)]
     names = sorted(KINDS)
     return kinds, [{names.index(kind)} for kind in kinds], [name.replace("_", " ") for name in names]
+
+
+def esc_50(folder: Path) -> Written:
+    kinds, labels, names = of_kinds(15)
+    clips = write_clips(folder / "audio", [f"{1 + row % 5}-{100210 - row}-A-{row % 7}.wav" for row in range(15)])
+    rows = ["filename,fold,target,category,esc10,src_file,take"]
+    rows += [f"{clip.name},{clip.name[0]},0,{kind},False,0,A" for kind, clip in zip(kinds, clips, strict=True)]
+    write_text(folder / "meta" / "esc50.csv", "\n".join(rows))
+    return Written("audio", clips, labels, names)
+
+
+def folder_of_classes(folder: Path) -> Written:
+    kinds, _, names = of_kinds(15)
+    write_photos(folder, [f"{kind}/{row}.jpg" for row, kind in enumerate(kinds)])
+    photos = sorted(folder.glob("*/*"))
+    labels = [{names.index(photo.parent.name.replace("_", " "))} for photo in photos]
+    return Written("image", photos, labels, names, "", ("--modality", "image"))
 
 
 def imagenet(folder: Path) -> Written:
@@ -132,6 +151,15 @@ def data_set_of_clouds(folder: Path) -> Written:
     return Written("point_cloud", clouds, labels, names, "set", options)
 
 
+def modelnet40_meshes(folder: Path) -> Written:
+    write_modelnet40(folder)
+    clouds = [load_point_cloud(folder / name / "test" / "1.off", normalize=True) for name in CLASSES]
+    # The meshes have z up.
+    turned = [np.stack([x, z, -y], axis=1) for x, y, z in (points.T for points in clouds)]
+    names = [name.replace("_", " ") for name in CLASSES]
+    return Written("point_cloud", turned, [{place} for place in range(40)], names)
+
+
 def modelnet40(folder: Path) -> Written:
     """Clouds that are neither centred nor scaled, in two files, of which the list names the second one first."""
     folder.mkdir()
@@ -186,12 +214,15 @@ def check(found: dict[str, Any], numbers: dict[str, float], drawn: Callable[[np.
 @pytest.mark.parametrize(
     ("layout", "write"),
     [
+        ("esc-50", esc_50),
         ("imagenet", imagenet),
+        ("folder", folder_of_classes),
         ("table", jsonl_table),
         ("table", parquet_table),
         ("table", data_set_of_clips),
         ("table", data_set_of_clouds),
         ("modelnet40", modelnet40),
+        ("modelnet40", modelnet40_meshes),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -47,8 +47,9 @@ class Written:
 
     Args:
         sides: paths, encoded files, arrays or texts.
-        pairs: places in both.
+        pairs: places in both; none where only classes tell what is right.
         labels: classes of the items of each side, where the layout has them.
+        data: below the folder, None where only the options name it.
         options: of the command.
     """
 
@@ -56,7 +57,7 @@ class Written:
     sides: tuple[Sequence[Any], Sequence[Any]]
     pairs: Sequence[tuple[int, int]]
     labels: tuple[Sequence[set[str]], Sequence[set[str]]] | None = None
-    data: str = ""
+    data: str | None = ""
     options: tuple[str, ...] = ()
 
     def right(self, side: int) -> np.ndarray:
@@ -102,7 +103,7 @@ def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def sounding(folder: Path, names: Sequence[str]) -> Written:
-    """Twelve pairs of frames and sounds of which the last one has no sound."""
+    """Pairs of frames and sounds, the last of which has no sound."""
     write_media(folder, names, names[:-1])
     sounds, frames = ([folder / part / f"{name}.{end}" for name in names[:-1]] for part, end in _PARTS)
     return Written(("audio", "image"), (sounds, frames), [(row, row) for row in range(len(sounds))])
@@ -212,6 +213,18 @@ def jsonl_table(folder: Path) -> Written:
     return Written(("image", "text"), (photos, own.texts), own.pairs, (labels, of_texts), "pairs.jsonl", options)
 
 
+def folders_of_classes(folder: Path) -> Written:
+    """Twelve clips and ten pictures, of which all of a class are right."""
+    sides, labels = [], []
+    for part, count, write in (("sounds", 12, write_clips), ("photos", 10, write_photos)):
+        end = "wav" if part == "sounds" else "jpg"
+        write(folder / part, [f"{KINDS[row * row % 5 % 4]}/{row:02}.{end}" for row in range(count)])
+        sides.append(sorted((folder / part).glob("*/*")))
+        labels.append([{path.parent.name} for path in sides[-1]])
+    options = ("--images", str(folder / "photos"), "--audio", str(folder / "sounds"))
+    return Written(("audio", "image"), (sides[0], sides[1]), [], (labels[0], labels[1]), None, options)
+
+
 def parquet_table(folder: Path) -> Written:
     """Twelve clips of ten pictures."""
     clips = write_clips(folder, [f"{37 * row % 13}.wav" for row in range(12)])
@@ -267,7 +280,14 @@ LAYOUTS = {
     "audiocaps": [audiocaps],
     "clotho": [clotho],
     "coco": [coco_karpathy, coco_official],
-    "pairs": [jsonl_table, parquet_table, parquet_table_of_clouds, data_set_of_clips, data_set_of_clouds],
+    "pairs": [
+        jsonl_table,
+        parquet_table,
+        parquet_table_of_clouds,
+        data_set_of_clips,
+        data_set_of_clouds,
+        folders_of_classes,
+    ],
 }
 NOUNS = {"audio": "clips", "image": "images", "text": "texts", "point_cloud": "clouds"}
 # The source of what is said of a text, that alone.
@@ -277,14 +297,16 @@ NATIVE = {"audio": "clap", "image": "clip"}
 def check(found: dict[str, Any], method: str, written: Written, scores: Sequence[np.ndarray]) -> None:
     """Compare all numbers of a method with those of its scores in both directions."""
     metrics, intervals = found["metrics"][method], found["intervals"][method]
-    means = []
+    by_class, means = ", by class" if written.pairs else "", []
     for side in (0, 1):
         direction = "_to_".join(written.modalities[:: 1 - 2 * side])
-        expected = {"": rankings(scores[side], written.right(side))}
+        expected = {}
+        if written.pairs:
+            kinds = ("R@1", "R@5", "R@10", "mAP", "median rank")
+            expected[""] = kinds, rankings(scores[side], written.right(side))
         if written.labels is not None:
-            expected[", by class"] = rankings(scores[side], written.same_class(side))
-        for suffix, values in expected.items():
-            kinds = ("P@1", "P@10", "mAP") if suffix else ("R@1", "R@5", "R@10", "mAP", "median rank")
+            expected[by_class] = ("P@1", "P@10", "mAP"), rankings(scores[side], written.same_class(side))
+        for suffix, (kinds, values) in expected.items():
             values = {name: values[name] for name in kinds if name in values}
             numbers = {name: statistic_of(name)(own) for name, own in values.items()}
             assert metrics[direction + suffix] == pytest.approx(numbers, abs=1e-9), method
@@ -292,6 +314,9 @@ def check(found: dict[str, Any], method: str, written: Written, scores: Sequence
                 ends = resampled(own, statistic_of(name), written.groups(side))
                 assert intervals[direction + suffix][name] == pytest.approx(ends, abs=1e-9), name
             means += [] if suffix else [numbers]
+    if not written.pairs:
+        assert MEAN not in metrics
+        return
     both = {name: (means[0][name] + means[1][name]) / 2 for name in means[0] if name in means[1]}
     del both["median rank"]
     assert metrics[MEAN] == pytest.approx(both, abs=1e-9)
@@ -306,7 +331,8 @@ def test_the_numbers_of_every_layout_are_those_of_the_model(
 ) -> None:
     written = write(tmp_path / "data")
     model = tiny_ulip_model if "point_cloud" in written.modalities else tiny_model
-    data, output = tmp_path / "data" / written.data, tmp_path / "out"
+    data = None if written.data is None else tmp_path / "data" / written.data
+    output = tmp_path / "out"
     found = evaluate("retrieval", model, data, layout, output, *written.options)
     rows = [embed(model, kind, side) for kind, side in zip(written.modalities, written.sides, strict=True)]
     check(found, "model", written, [rows[0] @ rows[1].T, rows[1] @ rows[0].T])
@@ -321,6 +347,16 @@ def test_the_numbers_of_every_layout_are_those_of_the_model(
             for kind, side in zip(written.modalities, written.sides, strict=True)
         ]
         check(found, f"{native} alone", written, [alone[0] @ alone[1].T, alone[1] @ alone[0].T])
+
+
+def test_texts_go_through_the_space_that_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    written = clotho(tmp_path / "data")
+    found = evaluate("retrieval", tiny_model, tmp_path / "data", "clotho", tmp_path / "out", "--text-space", "clap")
+    clips, texts = (
+        embed(tiny_model, kind, side, space)
+        for kind, side, space in zip(written.modalities, written.sides, (None, "clap"), strict=True)
+    )
+    check(found, "model", written, [clips @ texts.T, texts @ clips.T])
 
 
 def softmax(cosines: np.ndarray, temperature: float) -> np.ndarray:
