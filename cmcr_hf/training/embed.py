@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
@@ -367,7 +368,10 @@ def prepare(processor: CMCRProcessor, modality: str, values: Sequence[Any], spac
         return processor(text=items, space=space)
     if modality == "image":
         return processor(images=items, space=space)
-    return processor(audio=items) if modality == "audio" else processor(point_clouds=items)
+    if modality == "audio":
+        return processor(audio=items)
+    # What `datasets` gives of a column of numbers, which the processor could take for a batch.
+    return processor(point_clouds=[np.asarray(item) if isinstance(item, list) else item for item in items])
 
 
 def source_record(identity: str, revision: str | None, source: PreTrainedModel) -> dict[str, str]:

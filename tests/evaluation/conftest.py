@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
 
+from cmcr_hf.evaluation import proposals
+
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,3 +25,10 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     YolosForObjectDetection(config).save_pretrained(folder)
     YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 48}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def few_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of 3 boxes, so that a test takes no longer than that."""
+    monkeypatch.setattr(proposals, "SIDES", (1, 0.5001))
+    monkeypatch.setattr(proposals, "MAX_ASPECT", 1)

@@ -4,20 +4,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from tests.media import RATE, encode_audio, noise
+from tests.media import RATE, chord, encode_audio, patchwork
 
 
 def write_media(folder: Path, pictures: Iterable[str], sounds: Iterable[str]) -> None:
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     (folder / "audio").mkdir(exist_ok=True)
-    for row, name in enumerate(pictures):
-        pixels = np.random.default_rng(row).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "frames" / f"{name}.jpg")
-    for row, name in enumerate(sounds):
-        (folder / "audio" / f"{name}.wav").write_bytes(encode_audio(noise(RATE // 4, seed=row)))
+    # None like another that is there.
+    first = len(list((folder / "frames").iterdir()))
+    for row, name in enumerate(pictures, first):
+        patchwork(seed=row).save(folder / "frames" / f"{name}.jpg")
+    for row, name in enumerate(sounds, first):
+        (folder / "audio" / f"{name}.wav").write_bytes(encode_audio(chord(RATE // 4, seed=row)))
 
 
 VGG_SS = {

@@ -1,26 +1,20 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from cmcr_hf import CMCRModel, CMCRProcessor
 from cmcr_hf.cli import main
 from cmcr_hf.demo.concepts import CONCEPTS
 from cmcr_hf.demo.drawing import draw
 from cmcr_hf.demo.run import run_demo
 from cmcr_hf.demo.synthesis import SAMPLING_RATE, synthesise
 from cmcr_hf.evaluation import localization, localization_commands, proposals
-from cmcr_hf.evaluation.boxes import consensus_iou, consensus_map
 from cmcr_hf.evaluation.localization import CENTRE, Located, Measured, draw_located
-from cmcr_hf.evaluation.localization_data import SoundingPicture, SoundingPictures, load_vgg_ss
-from cmcr_hf.evaluation.proposals import grid_boxes
-from cmcr_hf.evaluation.regions import cut_square
-from cmcr_hf.modeling.image_loading_cmcr import load_image
+from cmcr_hf.evaluation.localization_data import SoundingPicture, SoundingPictures
+from tests.evaluation.by_hand import evaluate
 from tests.evaluation.sounding_folders import (
     write_extended_flickr_soundnet,
     write_extended_vgg_ss,
@@ -35,20 +29,6 @@ EXTENDED = {
     "extended-vgg-ss": write_extended_vgg_ss,
     "extended-flickr-soundnet": write_extended_flickr_soundnet,
 }
-
-
-@pytest.fixture
-def few_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid of 3 boxes, so that a test takes no longer than that."""
-    monkeypatch.setattr(proposals, "SIDES", (1, 0.5001))
-    monkeypatch.setattr(proposals, "MAX_ASPECT", 1)
-
-
-def evaluate(task: str, model: Path, data: Path, layout: str, output: Path, *more: str) -> dict[str, Any]:
-    words = ["evaluate", task, "--model", str(model), "--data", str(data), "--layout", layout, "--output", str(output)]
-    assert main([*words, "--bootstrap", "20", "--device", "cpu", *more]) == 0
-    document: dict[str, Any] = json.loads((output / "result.json").read_text())
-    return document
 
 
 @pytest.mark.parametrize("method", ["proposals", "dense"])
@@ -72,25 +52,6 @@ def test_a_folder_in_its_layout_becomes_numbers_and_a_page(
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:audio/mpeg") == page.count('class="overlay"') == len(found["best"]) + len(found["worst"])
     assert "cIoU@0.5" in capsys.readouterr().out
-
-
-def test_what_is_located_is_the_region_nearest_to_the_sound(tmp_path: Path, tiny_model: Path, few_boxes: None) -> None:
-    data = load_vgg_ss(write_vgg_ss(tmp_path / "data"))
-    found = evaluate("localization", tiny_model, tmp_path / "data", "vgg-ss", tmp_path / "out")
-    model, processor = CMCRModel.from_pretrained(tiny_model), CMCRProcessor.from_pretrained(tiny_model)
-    ious = []
-    for pair in data.pairs:
-        picture = load_image(data.folder / pair.image)
-        crops = [cut_square(picture, box) for box in grid_boxes()]
-        with torch.inference_mode():
-            images = model.get_image_features(**processor(images=crops)).pooler_output
-            sound = model.get_audio_features(**processor(audio=str(data.folder / pair.audio))).pooler_output[0]
-        left, top, right, bottom = (224 * grid_boxes()[int((images @ sound).argmax())]).astype(int)
-        inside = np.zeros((224, 224), bool)
-        inside[top:bottom, left:right] = True
-        ious.append(consensus_iou(inside, consensus_map(pair.boxes)))
-    assert found["metrics"]["model"]["localization"]["cIoU@0.5"] == np.mean(np.array(ious) >= 0.5)
-    assert [case["score"] for case in found["best"]] == pytest.approx(sorted(ious)[::-1][:2])
 
 
 def test_a_second_run_embeds_nothing_and_writes_the_same(

@@ -238,7 +238,9 @@ def test_file_names_of_a_table_start_from_its_folder_or_the_one_named(tmp_path):
 
 def test_an_empty_label_is_no_class(tmp_path):
     (tmp_path / "texts.csv").write_text("text,kind\na dog,\n")
-    assert next(iter(texts(tmp_path, table="texts.csv", label="kind"))).label is None
+    (tmp_path / "texts.jsonl").write_text('{"text": "a dog", "kind": NaN}\n')
+    for table in ("texts.csv", "texts.jsonl"):
+        assert next(iter(texts(tmp_path, table=table, label="kind"))).label is None
 
 
 @pytest.mark.parametrize(
