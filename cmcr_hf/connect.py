@@ -52,9 +52,10 @@ from .training.embed import embed, source_record
 from .training.manifest import SHA256
 from .training.places import is_address
 from .training.pools import pool_stores
+from .training.posterior_files import remove_posteriors
 from .training.recipe import Bridge, Recipe, TrainSpec, load_recipe, recipe_names
 from .training.store import EmbeddingStore, check_same_keys
-from .training.train import ConnectorTrainingArguments, Embeds, last_checkpoint, train_connector
+from .training.train import POSTERIORS, ConnectorTrainingArguments, Embeds, last_checkpoint, train_connector
 
 _RUN = re.compile("_runtime$|_per_second$")
 REPORT = "report.html"
@@ -583,6 +584,7 @@ def _train(
         log = [{name: value for name, value in entry.items() if not _RUN.search(name)} for entry in history]
         write_json(folder / "log.json", {"history": [entry for entry in log if {"loss", "eval_loss"} & entry.keys()]})
         write_json(state, {"key": key, "complete": True})
+        remove_posteriors(folder / POSTERIORS)
         terms = next(entry for entry in reversed(history) if "loss" in entry)
         losses = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name.startswith("loss"))
         done(f"{history[-1]['step']} steps, {losses}, in {folder}")

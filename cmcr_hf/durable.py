@@ -20,6 +20,8 @@ WRITE_REMEDIES = {
     errno.ENOSPC: "Free space and run again",
     errno.EDQUOT: "Free space and run again",
     errno.EROFS: "Make it writable or use another folder, and run again",
+    errno.EFBIG: "Use a file system, and a limit of the shell (ulimit -f), that take larger files, and run again",
+    errno.EEXIST: "Move that file away or use another folder, and run again",
     errno.EACCES: "Make it writable or use another folder, and run again",
 }
 # Libraries tell of a disk by their texts alone: safetensors and tokenizers by the system's, torch by its own.
@@ -28,6 +30,7 @@ WRITE_TEXTS = {
     "Disk quota exceeded": errno.EDQUOT,
     "Read-only file system": errno.EROFS,
     "PytorchStreamWriter failed writing": errno.ENOSPC,
+    "enforce fail at inline_container": errno.ENOSPC,
     "unexpected pos": errno.ENOSPC,
 }
 
@@ -48,7 +51,8 @@ def named_write_errors(folder: Path) -> Iterator[None]:
         code = getattr(error, "errno", None) or (told[0] if told else None)
         # Of a copy, the one that is read comes first.
         named = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
-        elsewhere = named and all(folder.absolute() not in Path(str(name)).absolute().parents for name in named)
+        paths = [Path(str(name)).absolute() for name in named]
+        elsewhere = paths and all(folder.absolute() not in (path, *path.parents) for path in paths)
         if code not in WRITE_REMEDIES or elsewhere:
             raise
         raise WriteError(

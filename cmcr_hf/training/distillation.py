@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..durable import locked
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from .posterior_files import stored_posteriors
 from .posteriors import Posteriors, choose_temperatures, matches
@@ -86,19 +83,6 @@ def check_unpaired(config: CMCRConfig, embeds: dict[str, Tensor]) -> int:
                 "are to tell which items match. Embed others."
             )
     return max(len(embeds[name]) for name in leaves)
-
-
-@contextmanager
-def kept_posteriors(folder: Path) -> Iterator[Path]:
-    """Keep other runs out of the folder of a training's posteriors, and remove it when the training is through.
-
-    Raises:
-        ValueError: another run is using it.
-    """
-    with locked(folder):
-        yield folder
-    # Of use to a run that goes on alone. Windows keeps what is mapped.
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def unpaired_data(

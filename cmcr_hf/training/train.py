@@ -57,19 +57,21 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cpu import tuned_cpu
-from ..durable import verify_checksums
+from ..durable import locked, named_write_errors, verify_checksums
 from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
 from .callbacks import ChecksumsCallback, DivergenceCallback, LossTermsCallback, NoiseCallback, TrainingBar
-from .distillation import check_unpaired, kept_posteriors, unpaired_data
+from .distillation import check_unpaired, unpaired_data
 from .distributed import join_ranks, one_batch_of_all_ranks
+from .posterior_files import remove_posteriors
 from .recipe import OBJECTIVES_OF
 from .store import EmbeddingStore, check_same_keys
 
 # R@k over more rows than the paper's largest test set only costs memory: the similarity matrix is square.
 MAX_METRIC_ROWS = 5000
-# Folder of what bridge distillation computes before it trains, until it has trained.
+# Folder below the output of what bridge distillation computes before it trains, for a run that goes on: whoever has
+# saved the connector removes it.
 POSTERIORS = "posteriors"
 # So many rows are summed at a time, in float32, whatever their dtype.
 FINITE_ROWS = 65536
@@ -276,6 +278,9 @@ def train_connector(
 ) -> tuple[CMCRConnector, list[dict[str, Any]]]:
     """Train a fresh connector on row-aligned embeddings; return it, in eval mode on the CPU, with Trainer's log.
 
+    Of `bridge-distillation`, once the connector is saved, [`remove_posteriors`] clears `posteriors/` in the output folder,
+    which serves a run that goes on.
+
     Args:
         embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair; or several such
             pools, which are shuffled together. For `bridge-distillation` the native pair, and both memories, of as
@@ -327,7 +332,8 @@ def train_connector(
             "items or a smaller batch (per_device_train_batch_size; train.batch_size in a recipe)."
         )
     if training is None:
-        with kept_posteriors(Path(str(args.output_dir)) / POSTERIORS) as folder:
+        folder = Path(str(args.output_dir)) / POSTERIORS
+        with locked(folder):
             training = unpaired_data(config, unpaired, folder, args.device, progress=not args.disable_tqdm)
             return _fit(config, training, None, args, log_lines)
     if validation_rows:
@@ -573,10 +579,14 @@ def main(argv: list[str] | None = None) -> None:
         # The first process removes what is damaged before the others look.
         with args.main_process_first(local=False):
             args.resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
-    with tuned(args):
-        connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
+    output = Path(str(args.output_dir))
+    with named_write_errors(output):
+        with tuned(args):
+            connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
+        if args.should_save:
+            connector.save_pretrained(output)
+            remove_posteriors(output / POSTERIORS)
     if args.should_save:
-        connector.save_pretrained(args.output_dir)
         metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
         if metrics:
             print(json.dumps(metrics, indent=2))

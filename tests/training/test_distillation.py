@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
 from cmcr_hf import CMCRConfig, CMCRConnector
-from cmcr_hf.durable import locked
+from cmcr_hf.durable import WriteError, locked
 from cmcr_hf.training import posterior_files
 from cmcr_hf.training.distillation import UnpairedDataset, check_unpaired, unpaired_data
 from cmcr_hf.training.posteriors import choose_temperatures, matches, posteriors, top_weights
@@ -147,7 +147,7 @@ def test_too_few_rows_for_a_batch_are_told_before_the_posteriors_are_computed(tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_goes_on_computes_no_posteriors_anew_and_one_that_is_through_keeps_none(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_computes_no_posteriors_anew(tmp_path, monkeypatch):
     computed = []
     monkeypatch.setattr(posterior_files, "top_weights", lambda *args: computed.append(1) or top_weights(*args))
 
@@ -159,10 +159,9 @@ def test_a_run_that_goes_on_computes_no_posteriors_anew_and_one_that_is_through_
         with pytest.raises(RuntimeError, match="stopped"):
             train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
     assert len(computed) == 2
-    assert {path.name for path in (tmp_path / "run" / "posteriors").glob("cl*")} == {"clip_image", "clap_audio"}
+    assert {path.stem for path in (tmp_path / "run" / "posteriors").glob("cl*")} == {"clip_image", "clap_audio"}
     connector, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "run"))
     assert len(computed) == 2
-    assert not (tmp_path / "run" / "posteriors").exists()
     whole, _ = train_connector(small_config(), unpaired_embeds(), arguments(tmp_path / "whole"))
     assert all(torch.equal(weights, whole.state_dict()[name]) for name, weights in connector.state_dict().items())
 
@@ -211,6 +210,17 @@ def test_the_script_trains_on_two_memories_of_unlike_rows(tmp_path):
     assert config.objective == "bridge-distillation"
     assert (config.noise_norm, config.leaf_temperature) == (0.35, 0.2)
     assert set(config.posterior_temperatures) == {"clip", "clap"}
+    # Of use to a run that goes on alone.
+    assert not (tmp_path / "run" / "posteriors").exists()
+
+
+def test_a_file_in_the_way_of_the_posteriors_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "posteriors").write_text("mine")
+    stores = save_stores(tmp_path, unpaired_embeds())
+    with pytest.raises(WriteError, match=r"Cannot write to .*posteriors: File exists\. Move that file away"):
+        run_main(tmp_path / "run", stores, "--objective", "bridge-distillation")
+    assert (tmp_path / "run" / "posteriors").read_text() == "mine"
 
 
 def test_pseudo_embeddings_are_no_memories(tmp_path):

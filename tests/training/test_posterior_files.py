@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from cmcr_hf.durable import WriteError
 from cmcr_hf.training import posterior_files as module
-from cmcr_hf.training.posterior_files import stored_posteriors
+from cmcr_hf.training.posterior_files import remove_posteriors, stored_posteriors
 from cmcr_hf.training.posteriors import posteriors, top_weights
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_goes_on_behind_its_last_record(tmp_path, computed
         with pytest.raises(KeyboardInterrupt):
             stored(tmp_path / "a")
     # Twelve rows were written, of which the record vouches for eight.
-    assert json.loads((tmp_path / "a" / "record.json").read_text())["rows"] == 8
+    assert [part["rows"] for part in json.loads((tmp_path / "a.json").read_text())["parts"]] == [8]
     computed.clear()
     assert_equal(stored(tmp_path / "a"), expected())
     assert computed == [4, 4, 4, 3]
@@ -95,19 +95,66 @@ def test_posteriors_of_something_else_are_replaced(tmp_path, computed, change):
     assert sum(computed) == 23
 
 
-@pytest.mark.parametrize("damage", ["record", "shape", "short", "missing"])
-def test_what_is_damaged_is_computed_anew(tmp_path, computed, damage):
+def damage_record(path):
+    path.with_suffix(".json").write_text('{"key"')
+
+
+def damage_parts(path):
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**record, "parts": [{"rows": -5}, 3]}))
+
+
+def damage_keys(path):
+    path.with_suffix(".json").write_text("[1]")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:4])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_record, damage_parts, damage_keys, cut, zero, remove])
+@pytest.mark.parametrize("name", ["a.texts", "a.weights"])
+def test_what_is_damaged_is_computed_anew(tmp_path, computed, damage, name):
     stored(tmp_path / "a")
-    path = tmp_path / "a" / ("weights" if damage in ("short", "missing") else "record.json")
-    if damage == "missing":
-        path.unlink()
-    elif damage == "shape":
-        path.write_text("[1]")
-    else:
-        path.write_bytes(path.read_bytes()[:-5])
+    damage(tmp_path / name)
     computed.clear()
     assert_equal(stored(tmp_path / "a"), expected())
     assert sum(computed) == 23
+
+
+def test_what_lies_before_the_damage_is_kept(tmp_path, computed):
+    stored(tmp_path / "a")
+    content = bytearray((tmp_path / "a.weights").read_bytes())
+    content[10 * 6 * 4] ^= 1
+    (tmp_path / "a.weights").write_bytes(content)
+    computed.clear()
+    assert_equal(stored(tmp_path / "a"), expected())
+    assert sum(computed) == 23 - 8
+
+
+def test_files_of_somebody_else_stay(tmp_path):
+    folder = tmp_path / "posteriors"
+    folder.mkdir()
+    for name in ("clip_image", "clap_audio"):
+        stored(folder / name)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.json").write_text("mine")
+    remove_posteriors(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "notes.json", "notes.txt"]
+    for name in ("notes.txt", "notes.json"):
+        (folder / name).unlink()
+    stored(folder / "clip_image")
+    remove_posteriors(folder)
+    assert not folder.exists()
+    remove_posteriors(folder)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -115,5 +162,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module._Writer, "append", full)
-    with pytest.raises(WriteError, match=f"Cannot write to {tmp_path / 'a'}: No space left on device. Free space"):
+    with pytest.raises(WriteError, match=f"Cannot write to {tmp_path}: No space left on device. Free space"):
         stored(tmp_path / "a")
