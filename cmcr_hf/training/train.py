@@ -278,8 +278,8 @@ def train_connector(
 ) -> tuple[CMCRConnector, list[dict[str, Any]]]:
     """Train a fresh connector on row-aligned embeddings; return it, in eval mode on the CPU, with Trainer's log.
 
-    Of `bridge-distillation`, once the connector is saved, [`remove_posteriors`] clears `posteriors/` in the output folder,
-    which serves a run that goes on.
+    Of `bridge-distillation`, `posteriors/` in the output folder serves a run that goes on: once the connector is saved,
+    [`remove_posteriors`] clears it.
 
     Args:
         embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair; or several such
