@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -101,6 +100,17 @@ def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | N
                 raise ValueError(f"There is no store of {space} {leaf} under {place}. Embed those items and name it.")
     native = [opened[space, overlap] for space in spaces]
     keys = native[0].keys()
+    for bank, (space, leaf) in zip(native, wanted, strict=True):
+        for store in (opened[space, leaf], tested[space, leaf]):
+            if store.source != bank.source:
+                raise ValueError(
+                    f"{store.folder} comes from another source than {bank.folder}. Embed all of {space} with one."
+                )
+        if opened[space, leaf].keys() == keys:
+            raise ValueError(
+                f"{opened[space, leaf].folder} holds the {overlap} items, as pseudo embeddings do, expected a memory "
+                f"of {leaf} items. Name the store that they were made from."
+            )
     if len(keys) < schedule.batch_size:
         raise ValueError(
             f"{native[0].folder} holds {len(keys)} rows, expected at least one batch of {schedule.batch_size}. Lower "
@@ -115,6 +125,11 @@ def study_of_stores(stores: Sequence[str], test: Sequence[str], labels: Path | N
         names = [_class_of(key, classes) for key in keys_of]
         sides.append(Side(space, leaf, store.tensor().float(), names))
     check_classes(sides[1].labels, sides[0].labels, (leaves[1], leaves[0]))
+    if len(set(sides[0].labels)) < 2:
+        raise ValueError(
+            f"All test items are of the class {sides[0].labels[0]!r}, expected at least two. Name their classes in "
+            "--labels, or give each class a folder of its own."
+        )
     first, second = (store.tensor().float() for store in native)
     # What an item is about, of which the null takes another, if the table says it of all.
     about = [classes[key] for key in keys] if classes and all(key in classes for key in keys) else keys
@@ -133,7 +148,11 @@ def _read_labels(path: Path) -> dict[str, str]:
         reader = csv.DictReader(file)
         if not {"key", "label"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} has the columns {reader.fieldnames}, expected key and label. Add a header line.")
-        return {row["key"]: row["label"] for row in reader}
+        found: dict[str, str] = {}
+        for row in reader:
+            if not (row["label"] or "").strip() or found.setdefault(row["key"], row["label"]) != row["label"]:
+                raise ValueError(f"The item {row['key']!r} of {path} has no label, or two. Give it one.")
+        return found
 
 
 def _class_of(key: str, classes: dict[str, str] | None) -> str:
@@ -242,10 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if (arguments.stores is None) != (arguments.test is None):
         parser.error("--stores and --test go together")
-    if arguments.seeds < 2 or arguments.null < 0 or arguments.workers < 1:
-        parser.error("expected at least 2 seeds, which the spread takes, no negative --null and at least 1 worker")
+    if arguments.seeds < 2 or arguments.null < 0:
+        parser.error("expected at least 2 seeds, which the spread takes, and no negative --null")
+    if min(arguments.workers, arguments.steps, arguments.batch_size - 1) < 1:
+        parser.error("expected at least 1 worker, 1 step and batches of 2")
     logging.set_verbosity_error()
-    start = time.perf_counter()
     zero_shot: dict[str, float] = {}
     if arguments.data is not None:
         study, zero_shot = study_of_data(arguments.data, arguments.cache)
@@ -265,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             free[title],
             {variant: metrics for (texts, variant), metrics in found.items() if texts == title},
             asdict(study.texts[title].schedule),
+            asdict(study.distillation),
             len(study.texts[title].about),
         )
         for title in titles
@@ -284,7 +305,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seeds": arguments.seeds,
         "null_draws": arguments.null,
         "bf16": arguments.bf16,
-        "seconds": time.perf_counter() - start,
         "tables": [table.document() for table in tables],
     }
     write_json(arguments.output / "ablations.json", document)

@@ -48,7 +48,8 @@ def _rows(table: Table) -> dict[str, object]:
         effect = None if variant.name in (FULL, NULL) else table.effect(variant)
         group = variant.group or "connectors"
         rows.append({"name": variant.name, "group": group, "mean": mean, "spread": spread, "effect": effect})
-    return {"title": table.title, "texts": table.texts, "ways": ways, "metrics": metrics, "rows": rows}
+    found = {"title": table.title, "texts": table.texts, "trained": table.trained}
+    return {**found, "ways": ways, "metrics": metrics, "rows": rows}
 
 
 def draw(tables: Sequence[Table], caption: str) -> str:

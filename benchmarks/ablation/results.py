@@ -50,7 +50,16 @@ class Table:
     free: dict[str, Metrics]
     runs: dict[Variant, list[Metrics]]
     schedule: dict[str, int]
+    distillation: dict[str, int]
     texts: int
+
+    @property
+    def trained(self) -> str:
+        """How long the connectors trained, as a sentence has it."""
+        return (
+            f"{self.schedule['steps']} steps of {self.schedule['batch_size']} rows; bridge distillation "
+            f"{self.distillation['steps']} steps of {self.distillation['batch_size']} items of either memory"
+        )
 
     @property
     def full(self) -> list[Metrics]:
@@ -83,6 +92,7 @@ class Table:
             "texts": self.title,
             "rows_of_text": self.texts,
             "schedule": self.schedule,
+            "distillation": self.distillation,
             "without_a_connector": self.free,
             "connectors": rows,
         }
@@ -119,7 +129,7 @@ def format_results(table: Table) -> str:
         lines.append([variant.name, *cells, effect])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"Connected by {table.title}, {table.texts} texts, {table.schedule['steps']} steps:", *rows])
+    return "\n".join([f"Connected by {table.title}, {table.texts} items, {table.trained}:", *rows])
 
 
 def _shown(table: dict[str, Metrics]) -> Sequence[str]:

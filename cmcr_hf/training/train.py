@@ -278,8 +278,8 @@ def train_connector(
 ) -> tuple[CMCRConnector, list[dict[str, Any]]]:
     """Train a fresh connector on row-aligned embeddings; return it, in eval mode on the CPU, with Trainer's log.
 
-    Of `bridge-distillation`, `posteriors/` in the output folder serves a run that goes on: once the connector is saved,
-    [`remove_posteriors`] clears it.
+    Of `bridge-distillation`, `posteriors/` in the output folder serves a run that goes on: call [`remove_posteriors`]
+    once the connector is saved.
 
     Args:
         embeds: `{"{space}_{modality}": (rows, dim)}`, the native pair first, then the pseudo pair; or several such

@@ -160,7 +160,7 @@ def table_of(differences: dict[str, list[float]]) -> Table:
     for name, change in differences.items():
         runs[Variant(name, PARTS)] = [metrics(value + one) for value, one in zip(base, change, strict=True)]
     free = {"chance": metrics(0.1), "posterior matching": metrics(0.5), "closed cascade": metrics(0.45)}
-    return Table("texts", free, runs, {"batch_size": 6, "steps": 2}, 12)
+    return Table("texts", free, runs, {"batch_size": 6, "steps": 2}, {"batch_size": 8, "steps": 1}, 12)
 
 
 def test_an_effect_is_against_what_a_variant_names() -> None:
@@ -177,7 +177,9 @@ def test_an_effect_is_the_mean_difference_of_the_same_seeds_with_its_interval() 
     # Student's t of 2 degrees of freedom, 4.303, times the standard error of (-0.2, -0.22, -0.18).
     assert large.half_width == pytest.approx(4.303 * 0.02 / 3**0.5)
     assert (large.verdict, none.verdict) == ("loses", "none")
-    assert "-0.200 ±0.050  loses" in format_results(table)
+    shown = format_results(table)
+    assert "-0.200 ±0.050  loses" in shown
+    assert "2 steps of 6 rows; bridge distillation 1 steps of 8 items of either memory:" in shown
 
 
 def test_the_sentences_say_what_the_figures_do() -> None:
@@ -210,8 +212,10 @@ def test_the_page_and_the_plot_name_every_variant(tmp_path: Path) -> None:
     assert draw([table], "x").count("<circle") == 1  # the other is beyond the border, an arrow
 
 
-def make_store(folder: Path, space: str, modality: str, keys: list[str], seed: int) -> str:
-    source = {"id": "org/model", "revision": "main", "config_hash": "0" * 64}
+def make_store(
+    folder: Path, space: str, modality: str, keys: list[str], seed: int, identity: str = "org/model"
+) -> str:
+    source = {"id": identity, "revision": "main", "config_hash": "0" * 64}
     store = EmbeddingStore.create(
         folder, space=space, modality=modality, source=source, dim=16, data_fingerprint="0" * 64
     )
@@ -256,7 +260,22 @@ def test_stores_that_do_not_belong_together_are_refused(stores: dict[str, list[s
         ablations.study_of_stores(stores["stores"], stores["test"][:1], None, schedule)
     with pytest.raises(ValueError, match="clip-text holds 12 rows, expected at least one batch of 13"):
         ablations.study_of_stores(stores["stores"], stores["test"], None, Schedule(13, 2))
+    items = [f"{'ab'[row % 2]}/{row}" for row in range(8)]
+    foreign = make_store(tmp_path / "foreign", "clip", "image", items, 7, "org/other")
+    with pytest.raises(ValueError, match=r"foreign comes from another source than .*clip-text"):
+        ablations.study_of_stores(stores["stores"], [foreign, stores["test"][1]], None, schedule)
+    pseudo = make_store(tmp_path / "pseudo", "clap", "audio", [f"text {row}" for row in range(12)], 7)
+    with pytest.raises(ValueError, match="pseudo holds the text items, as pseudo embeddings do"):
+        ablations.study_of_stores([*stores["stores"][:3], pseudo], stores["test"], None, schedule)
     labels = tmp_path / "labels.csv"
+    for lines, expected in (
+        ([f"{key},a" for key in items], "All test items are of the class 'a'"),
+        (["a/0,"], "'a/0' of .* has no label, or two"),
+        (["a/0,a", "a/0,b"], "'a/0' of .* has no label, or two"),
+    ):
+        labels.write_text("\n".join(["key,label", *lines]) + "\n")
+        with pytest.raises(ValueError, match=expected):
+            ablations.study_of_stores(stores["stores"], stores["test"], labels, schedule)
     labels.write_text("key,label\na/0,a\n")
     with pytest.raises(ValueError, match="has no line in --labels"):
         ablations.study_of_stores(stores["stores"], stores["test"], labels, schedule)
