@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from ..modeling.configuration_cmcr import CMCRConfig
 from ..training.data import Items
+from ..training.embed import source_record
 from ..training.posteriors import choose_temperatures
-from ..training.store import EmbeddingStore, check_same_keys
+from ..training.store import EmbeddingStore, check_made_by, check_same_keys
 from .baselines import (
     BRIDGE_TEMPERATURE,
     POSTERIOR_TEMPERATURE,
@@ -24,7 +25,7 @@ from .baselines import (
 from .bootstrap import Intervals, bootstrap_means, bootstrap_means_of_sides, bootstrap_statistic
 from .embedding import EvaluatedModel
 from .pairs import PairedSet
-from .result import CHANCE, MODEL, Case, Published, Shown, first_of_classes, number, said
+from .result import CHANCE, MODEL, Case, Published, Shown, first_of_classes, number, said, shown
 from .retrieval import expected_average_precision, first_rank, pair_chance, pair_values, relevance_values
 
 MEAN = "mean of both directions"
@@ -133,10 +134,13 @@ def build_scorers(
         text_space: of the texts; by default that of the model.
 
     Raises:
-        ValueError: a space does not embed the bank, or both sides lie in one; nothing is embedded before.
+        ValueError: a space does not embed the bank, another source made a store of it, or both sides lie in one;
+            nothing is embedded before.
     """
     config, modalities = model.model.config, data.modalities
     spaces = source_spaces(config, data, bank, text_space)
+    if bank is not None and not isinstance(bank, Items):
+        _check_sources(model, [bank[space] for space in spaces])
     data, (first, second) = _readable_embeds(model, data, spaces)
     methods = Methods(data, spaces)
     scorers: dict[str, tuple[Scorer, Scorer]] = {}
@@ -246,7 +250,26 @@ def _check_bank(config: CMCRConfig, bank: Items | Mapping[str, EmbeddingStore], 
                 f"Expected a store of the bank in {space}, {width} wide, got {found}. Embed it with both."
             )
     first, second = (bank[space] for space in spaces)
+    both = [name for name in config.modalities_of(spaces[0]) if name in config.modalities_of(spaces[1])]
+    if first.modality != second.modality or first.modality not in both:
+        raise ValueError(
+            f"The stores of the bank hold {first.modality} in {first.space} and {second.modality} in {second.space}, "
+            f"expected one that both sources embed: {' or '.join(both) or 'there is none'}. Embed the same items with "
+            "both."
+        )
     check_same_keys((str(first.folder), first.keys()), (str(second.folder), second.keys()))
+
+
+def _check_sources(model: EvaluatedModel, stores: Sequence[EmbeddingStore]) -> None:
+    """Check that stores were made by the sources of a model, as far as it has records of them."""
+    config = model.model.config
+    for store in stores:
+        known = (config.sources or {}).get(store.space)
+        if known is not None:
+            record = source_record(str(known["id"]), known.get("revision"), model.model.sources[store.space])
+            width = (config.projectors or {})[store.space]["input_dim"]
+            remedy = "Embed the bank with the sources of the model, or name its texts, --bank FILE."
+            check_made_by(store, shown(record["id"]), record, width, remedy)
 
 
 def _bank_embeds(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from cmcr_hf.evaluation.pair_ranking import (
 )
 from cmcr_hf.evaluation.pairs import PairedSet
 from cmcr_hf.evaluation.retrieval import chance, label_retrieval, pair_retrieval, pair_values
-from cmcr_hf.modeling.configuration_cmcr import CMCRConfig
+from cmcr_hf.modeling.configuration_cmcr import CMCRConfig, source_embedding_dim
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
+from cmcr_hf.modeling.towers_cmcr import load_source
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
+from cmcr_hf.training.embed import source_record
 from cmcr_hf.training.posteriors import choose_temperatures
+from cmcr_hf.training.store import EmbeddingStore
 from tests.media import RATE, encode_audio, encode_image, noise, peak_growth, picture
 
 COLUMNS = ("--columns", "image=picture", "audio=clip")
@@ -354,6 +358,60 @@ def test_a_bank_in_one_space_alone_is_refused(
     arguments += ["--columns", "image=picture", "audio=clip", "--bank", f"clip={data / 'clip'}"]
     assert main([*arguments, "--output", str(data / "out"), "--device", "cpu"]) == 1
     assert "Expected a store of the bank in clap, 16 wide, got none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def write_bank(tmp_path: Path, tiny_clip: Path, tiny_clap: Path) -> Callable[..., str]:
+    """What writes a store of random rows that says of itself that a source of the tiny model made it, or else."""
+
+    def write(space: str, **changes: object) -> str:
+        source = {"clip": tiny_clip, "clap": tiny_clap}[space]
+        model, record = load_source(str(source), None, ["text"], {"dtype": torch.float32})
+        described = {"modality": "text", "source": source_record(str(record["id"]), None, model), **changes}
+        dim = source_embedding_dim(model.config)
+        store = EmbeddingStore.create(
+            tmp_path / "banks" / f"{space}-{len(list(tmp_path.glob('banks/*')))}",
+            space=space,
+            dim=dim,
+            data_fingerprint="a bank",
+            **described,
+        )
+        store.append(normalize(torch.randn(8, dim), dim=1), [str(row) for row in range(8)])
+        store.finish()
+        return f"{space}={store.folder}"
+
+    return write
+
+
+OTHER = {"id": "someone/else", "revision": "0" * 40, "config_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("clip", "clap", "expected"),
+    [
+        ({}, {}, None),
+        ({"source": OTHER}, {}, "was not made by the clip source 'clip': it has the id 'else' and not 'clip'"),
+        ({}, {"source": OTHER}, "was not made by the clap source 'clap': it has the id 'else' and not 'clap'"),
+        ({"modality": "image"}, {}, "hold image in clip and text in clap, expected one that both sources embed: text"),
+        ({"modality": "image"}, {"modality": "image"}, "hold image in clip and image in clap, expected one that both"),
+    ],
+)
+def test_stores_of_a_bank_are_of_one_modality_and_of_the_sources_of_the_model(
+    tiny_model: Path,
+    data: Path,
+    write_bank: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    clip: dict,
+    clap: dict,
+    expected: str | None,
+) -> None:
+    stores = (write_bank("clip", **clip), write_bank("clap", **clap))
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv"), "--device"]
+    arguments += ["cpu", "--bootstrap", "0", *COLUMNS, "--output", str(data / "out"), "--bank", *stores]
+    assert main(arguments) == (0 if expected is None else 1)
+    assert (expected or "") in capsys.readouterr().err
+    # Nothing was embedded before.
+    assert (data / "out" / "stores").exists() == (expected is None)
 
 
 def test_sides_of_one_space_need_no_bank(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
