@@ -145,6 +145,8 @@ def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> E
 
     notes = []
     left, other = left_out(result.data), result.data.get("part")
+    if not (left or arguments.limit or other) and result.published:
+        other = result.published[0].other_size(result.data["items"])
     if left:
         notes.append(f"Left out: {left}.")
     part = bool(left or arguments.limit or other)
@@ -155,7 +157,8 @@ def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> E
     values = [value for group in result.metrics.get(CHANCE, {}).values() for value in group.values()]
     if values and min(values) >= 1:
         notes.append("Chance is 1: what is left has one answer, so these numbers say nothing.")
-    return replace(result, notes=[*result.notes, *notes], published=() if part else result.published)
+    data = {**result.data, "part": other}
+    return replace(result, data=data, notes=[*result.notes, *notes], published=() if part else result.published)
 
 
 def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:

@@ -144,7 +144,7 @@ def _retrieval(arguments: argparse.Namespace) -> None:
             EvaluationResult(
                 task="retrieval",
                 title=f"{kind} retrieval {'by class' if data.pairs is None else f'on {data.name}'}",
-                data={**data.record(), "part": _part(arguments, data)},
+                data={**data.record(), "part": _part(arguments)},
                 model=model.record(),
                 settings=run_settings(
                     arguments,
@@ -164,16 +164,13 @@ def _retrieval(arguments: argparse.Namespace) -> None:
         )
 
 
-def _part(arguments: argparse.Namespace, data: PairedSet) -> str | None:
+def _part(arguments: argparse.Namespace) -> str | None:
     """Say which part of a benchmark the data is, where that is not the one that published numbers are of."""
-    from .pair_ranking import FLICKR_SOUNDNET_PAIRS
     from .pairs import KARPATHY
 
     layout = arguments.layout
-    if layout == "flickr-soundnet":
-        pairs = data.sizes[0]
-        return None if pairs == FLICKR_SOUNDNET_PAIRS else f"{pairs:,} pairs in place of {FLICKR_SOUNDNET_PAIRS:,}"
-    if arguments.list is not None:
+    # The numbers of Flickr-SoundNet are of a list that only --list can name.
+    if arguments.list is not None and layout != "flickr-soundnet":
         return f"the list {arguments.list.name}"
     if layout == "coco" and not (Path(arguments.data) / KARPATHY).is_file():
         return "the official captions, not a split of Karpathy"

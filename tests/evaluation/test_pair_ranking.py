@@ -491,19 +491,20 @@ def benchmark(data: Path) -> Path:
 @pytest.mark.parametrize(
     ("layout", "more", "part"),
     [
-        ("audiocaps", (), None),
-        ("audiocaps", ("--split", "test"), None),
+        ("audiocaps", (), "3 clips in place of 975"),
+        ("audiocaps", ("--split", "test"), "3 clips in place of 975"),
         ("audiocaps", ("--split", "val"), "the split val"),
-        ("vgg-ss", (), None),
+        ("vgg-ss", (), "3 clips in place of 5,000 or 5,158"),
         ("vgg-ss", ("--list", "{}/flickr_test.csv"), "the list flickr_test.csv"),
-        ("flickr-soundnet", (), "3 pairs in place of 5,000"),
-        ("karpathy", (), None),
+        ("flickr-soundnet", (), "3 clips in place of 5,000"),
+        ("flickr-soundnet", ("--list", "{}/flickr_test.csv"), "3 clips in place of 5,000"),
+        ("karpathy", (), "2 images in place of 5,000"),
         ("karpathy", ("--split", "val"), "the split val"),
         ("coco", (), "the official captions, not a split of Karpathy"),
     ],
 )
-def test_published_numbers_stand_beside_the_split_and_the_list_that_they_are_of(
-    tiny_model: Path, benchmark: Path, layout: str, more: tuple[str, ...], part: str | None
+def test_published_numbers_do_not_stand_beside_another_split_list_or_size(
+    tiny_model: Path, benchmark: Path, layout: str, more: tuple[str, ...], part: str
 ) -> None:
     if layout == "karpathy":
         (benchmark / "karpathy.json").rename(benchmark / "dataset_coco.json")
@@ -513,11 +514,24 @@ def test_published_numbers_stand_beside_the_split_and_the_list_that_they_are_of(
     assert main([*arguments, "--output", str(benchmark / "out"), "--bootstrap", "0", "--layout", layout, *more]) == 0
     result = json.loads((benchmark / "out" / "result.json").read_text())
     assert result["data"]["part"] == part
-    assert bool(result["published"]) == (part is None)
-    assert (f"This is {part}, which published numbers are not of, so none stand here." in result["notes"]) == (
-        part is not None
-    )
+    assert result["published"] == []
+    assert f"This is {part}, which published numbers are not of, so none stand here." in result["notes"]
     assert str(benchmark) not in json.dumps(result)
+
+
+@pytest.mark.parametrize("layout", ["audiocaps", "vgg-ss", "flickr-soundnet", "coco"])
+def test_published_numbers_stand_beside_the_whole_of_what_they_are_of(
+    tiny_model: Path, benchmark: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    (benchmark / "karpathy.json").rename(benchmark / "dataset_coco.json")
+    size = {"images": [2]} if layout == "coco" else {"clips": [3]}
+    whole = [replace(entry, of=size) for entry in pair_ranking.PUBLISHED[layout]]
+    monkeypatch.setitem(pair_ranking.PUBLISHED, layout, whole)
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(benchmark), "--device", "cpu"]
+    assert main([*arguments, "--output", str(benchmark / "out"), "--bootstrap", "0", "--layout", layout]) == 0
+    result = json.loads((benchmark / "out" / "result.json").read_text())
+    assert [entry["model"] for entry in result["published"]] == [entry.model for entry in whole]
+    assert result["data"]["part"] is None
 
 
 def test_a_second_run_embeds_nothing_and_another_table_does(

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cmcr_hf.evaluation.labelled import LabelledSet
 from cmcr_hf.evaluation.modelnet40 import CLASSES
 from cmcr_hf.evaluation.zero_shot import (
     IMAGE_TEMPLATES,
+    PUBLISHED,
     TEMPLATES,
     breakdowns,
     cases,
@@ -333,10 +335,27 @@ def test_a_data_set_of_the_hub_s_form_is_measured(tiny_model: Path, folder: Path
     )
 
 
+def take_for_whole(monkeypatch: pytest.MonkeyPatch, layout: str, items: int) -> None:
+    """Let so few items be the whole of a benchmark."""
+    monkeypatch.setitem(PUBLISHED, layout, [replace(entry, of={"items": [items]}) for entry in PUBLISHED[layout]])
+
+
+@pytest.mark.parametrize(("layout", "part"), [("esc-50", "6 items in place of 2,000"), ("modelnet40", "40 items in")])
+def test_published_numbers_do_not_stand_beside_a_few_items_of_a_benchmark(
+    tiny_model: Path, tiny_ulip_model: Path, folder: Path, layout: str, part: str
+) -> None:
+    (write_esc50 if layout == "esc-50" else write_modelnet40)(folder)
+    assert run(tiny_model if layout == "esc-50" else tiny_ulip_model, folder, layout, "--template", "{}") == 0
+    found = result(folder)
+    assert found["published"] == [] and found["data"]["part"].startswith(part)
+    assert f"This is {found['data']['part']}, which published numbers are not of, so none" in " ".join(found["notes"])
+
+
 def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
-    tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_modelnet40(folder)
+    take_for_whole(monkeypatch, "modelnet40", 40)
     assert run(tiny_ulip_model, folder, "modelnet40") == 0
     out = capsys.readouterr().out
     assert out.startswith("zero-shot classification of ModelNet40: 40 items, 40 classes\n")
@@ -434,11 +453,11 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
 
 
 @pytest.mark.parametrize(
-    ("layout", "write_layout", "lost", "published"),
+    ("layout", "write_layout", "lost", "whole_size"),
     [
-        ("esc-50", write_esc50, "3.wav", True),
-        ("imagenet", write_imagenet, "n00000002/1.JPEG", False),
-        ("modelnet40", write_modelnet40, "bathtub/test/1.off", True),
+        ("esc-50", write_esc50, "3.wav", 6),
+        ("imagenet", write_imagenet, "n00000002/1.JPEG", None),
+        ("modelnet40", write_modelnet40, "bathtub/test/1.off", 40),
     ],
 )
 def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
@@ -448,9 +467,12 @@ def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
     layout: str,
     write_layout: Any,
     lost: str,
-    published: bool,
+    whole_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_layout(folder)
+    if whole_size is not None:
+        take_for_whole(monkeypatch, layout, whole_size)
     model = tiny_ulip_model if layout == "modelnet40" else tiny_model
     assert run(model, folder, layout, "--template", "{}") == 0
     whole = result(folder)
@@ -461,7 +483,7 @@ def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
     assert found["data"]["items"]["items"] == whole["data"]["items"]["items"] - 1
     # What is told apart stays the same.
     assert found["data"]["items"]["classes"] == whole["data"]["items"]["classes"]
-    assert (bool(whole["published"]), found["published"]) == (published, [])
+    assert (bool(whole["published"]), found["published"]) == (whole_size is not None, [])
     assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
 
 
