@@ -206,6 +206,7 @@ def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
 
 def _paired_set(arguments: argparse.Namespace) -> PairedSet:
     """Open the data of a command; ValueError says what it lacks."""
+    from ..training.data import is_table
     from .pairs import load_audiocaps, load_ave, load_clotho, load_coco, load_folders, load_pairs, load_sounding
 
     layout, limit = arguments.layout, arguments.limit
@@ -242,6 +243,10 @@ def _paired_set(arguments: argparse.Namespace) -> PairedSet:
         return load_clotho(folder, limit=limit, **split)
     if layout == "coco":
         return load_coco(folder, limit=limit, **split)
+    given = "a table" if is_table(arguments.data) else "a data set"
+    for option, own in (("files", "a table"), ("config", "a data set"), ("split", "a data set")):
+        if getattr(arguments, option) is not None and own != given:
+            raise ValueError(f"--{option} goes with {own}, and {arguments.data} is {given}. Leave it out.")
     columns = []
     for column in arguments.columns or []:
         kind, equals, name = column.partition("=")

@@ -555,6 +555,9 @@ def test_a_second_run_embeds_nothing_and_another_table_does(
     [
         (("--layout", "ave", "--columns", "image=a"), "--columns goes with --layout pairs, got ave"),
         (("--columns", "picture"), "Expected --columns KIND=COLUMN, got 'picture'"),
+        ((*COLUMNS, "--split", "test"), "--split goes with a data set, and {}/pairs.csv is a table. Leave it out."),
+        ((*COLUMNS, "--config", "foo"), "--config goes with a data set, and {}/pairs.csv is a table. Leave it out."),
+        (("--columns", "image=a", "--files", "b"), "--files goes with a table, and {} is a data set. Leave it out."),
         (("--images", "photos"), "Expected --data, or --images and --audio"),
         (("--layout", "coco"), "cocodataset.org/#download"),
         (("--layout", "coco", "--split", "val"), "has no dataset_coco.json, whose split 'val' is"),
@@ -573,7 +576,7 @@ def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
     table = data / "pairs.csv" if "image=picture" in more else data
     arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(table), "--output", str(data / "out")]
     assert main([*arguments, *more]) == 1
-    assert expected in capsys.readouterr().err
+    assert expected.format(data) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
