@@ -644,6 +644,38 @@ def test_items_that_can_be_read_are_ranked_as_if_there_were_no_others(tiny_model
         assert found["metrics"]["model"][direction] == pytest.approx(metrics)
 
 
+def test_rows_of_a_data_set_with_an_empty_cell_are_passed_over_and_counted_as_those_of_a_table(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    captions = ["a dog", "  ", "a cat", None, "a bell", "a train"]
+    images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(5)]
+    features = datasets.Features({"picture": datasets.Image(), "caption": datasets.Value("string")})
+    cells = [*({"bytes": image, "path": None} for image in images), None]
+    (tmp_path / "set").mkdir()
+    rows = datasets.Dataset.from_dict({"picture": cells, "caption": captions}, features=features)
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    lines = []
+    for row, caption in enumerate(captions):
+        if row < len(images):
+            (tmp_path / f"{row}.png").write_bytes(images[row])
+        lines.append({"picture": f"{row}.png" if row < len(images) else None, "caption": caption})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = []
+    for name, *more in (("pairs.jsonl",), ("set",), ("set", "--limit", "2")):
+        arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / name), *more]
+        arguments += ["--columns", "image=picture", "text=caption", "--output", str(tmp_path / "out")]
+        assert main([*arguments, "--device", "cpu"]) == 0
+        found.append(json.loads((tmp_path / "out" / "result.json").read_text()))
+    table, data_set, limited = found
+    assert data_set["data"]["items"] == table["data"]["items"] == {"images": 3, "texts": 3}
+    assert data_set["data"]["empty"] == table["data"]["empty"] == 3
+    assert "Left out: 3 rows (an empty cell)." in data_set["notes"]
+    assert data_set["metrics"]["model"] == table["metrics"]["model"]
+    # Of the first two pictures, the second has no caption; those behind them are not looked at.
+    assert limited["data"]["items"] == {"images": 1, "texts": 1}
+
+
 def test_a_picture_in_a_data_set_that_cannot_be_read_goes_with_its_captions(tiny_model: Path, tmp_path: Path) -> None:
     images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(2)]
     result = run_data_set(tiny_model, tmp_path, [images[0], b"no picture", images[1]])
