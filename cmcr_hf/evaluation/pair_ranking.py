@@ -93,6 +93,7 @@ class Methods:
         scorers: by method, what scores some rows of either side.
         temperatures: of the bridges, and of posterior matching by space, where they are among them.
         notes: for the reader of a result.
+        comparable: whether the bank, if any, can tell items apart, so that what needs it says something.
     """
 
     data: PairedSet
@@ -100,6 +101,7 @@ class Methods:
     scorers: dict[str, tuple[Scorer, Scorer]] = field(default_factory=dict)
     temperatures: dict[str, float | dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    comparable: bool = True
 
 
 @dataclass
@@ -165,6 +167,12 @@ def build_scorers(
         posteriors = dict(zip(spaces, chosen, strict=True))
         methods.temperatures = {"bridge_temperature": BRIDGE_TEMPERATURE, "posterior_temperatures": posteriors}
         methods.notes = [note]
+        if any(_is_uniform(bank) for bank in banks):
+            methods.comparable = False
+            methods.notes.append(
+                f"The bank has one {modality}, or several that a source cannot tell apart, so that it cannot tell "
+                "items apart: what needs it says nothing of the model."
+            )
         scorers |= baseline_scorers(first, second, *banks, *names, posterior_temperatures=chosen)
     else:
         both = sorted(set(config.modalities_of(spaces[0])) & set(config.modalities_of(spaces[1])))
@@ -199,6 +207,11 @@ def _readable_embeds(
         data, rows = data.readable([set(store.keys()) for store in stores])
         embeds = [side[own] for side, own in zip(embeds, rows, strict=True)]
     return data, embeds
+
+
+def _is_uniform(bank: torch.Tensor) -> bool:
+    """Return whether the unit rows of a bank are one and the same, but for rounding."""
+    return bool((bank @ bank[0]).min() > 1 - 1e-6)
 
 
 def posterior_temperatures(

@@ -159,7 +159,12 @@ def _retrieval(arguments: argparse.Namespace) -> None:
                 published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
-                notes=[*methods.notes, *data.notes(), *ranked.notes, *compare_with_bridges(ranked)],
+                notes=[
+                    *methods.notes,
+                    *data.notes(),
+                    *ranked.notes,
+                    *(compare_with_bridges(ranked) if methods.comparable else []),
+                ],
             ),
         )
 

@@ -360,6 +360,16 @@ def test_a_bank_in_one_space_alone_is_refused(
     assert "Expected a store of the bank in clap, 16 wide, got none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bank", ["a dog", "a dog\n" * 5, "a dog\n" * 5 + "a cat"])
+def test_a_bank_that_cannot_tell_items_apart_gives_no_verdict(tiny_model: Path, data: Path, bank: str) -> None:
+    (data / "bank.txt").write_text(bank)
+    result = run(tiny_model, data, "audio=clip", "image=picture", more=("--bank", str(data / "bank.txt")))
+    notes = " ".join(result["notes"])
+    assert ("The bank has one text, or several that a source cannot tell apart" in notes) == ("cat" not in bank)
+    assert ("The model beside what needs no training" in notes) == ("cat" in bank)
+    assert "posterior matching" in result["metrics"]
+
+
 @pytest.fixture
 def write_bank(tmp_path: Path, tiny_clip: Path, tiny_clap: Path) -> Callable[..., str]:
     """What writes a store of random rows that says of itself that a source of the tiny model made it, or else."""
