@@ -219,12 +219,13 @@ class EvaluationResult:
         }
 
     def write(self, folder: Path) -> None:
-        """Write `result.json` and the page `report.html` into a folder, each whole or not at all."""
+        """Write the page `report.html` and then `result.json` into a folder, each whole or not at all."""
         # Imported here: pages are made of results, and a result that is only printed needs none.
         from ..pages.evaluation import write_evaluation_page
 
-        write_json(folder / RESULT, self.document())
+        # The large one first: where the disk is full, no result stands without its page.
         write_evaluation_page(folder / PAGE, self)
+        write_json(folder / RESULT, self.document())
 
 
 def settings(

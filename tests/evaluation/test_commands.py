@@ -69,6 +69,16 @@ def test_a_part_of_a_data_set_is_called_so_and_stands_beside_nothing(
     assert said in found["notes"] and found["published"] == []
 
 
+def test_where_the_page_cannot_be_written_there_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, result: EvaluationResult) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("cmcr_hf.pages.evaluation.write_evaluation_page", full)
+    with pytest.raises(OSError, match="No space left"):
+        finished(tmp_path, make_result())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_task_with_one_answer_is_called_so(tmp_path: Path) -> None:
     assert "Chance is 1" in finished(tmp_path, make_result(chance=1.0))["notes"][0]
 
