@@ -24,6 +24,7 @@ import torch
 from ..training.data import SUFFIXES, Items, is_table, load_table
 from ..training.places import is_address
 from ..training.recipe import DataSpec
+from .labelled import check_class_names
 from .result import counted, left_out, shown
 
 # What the items of a modality are called.
@@ -299,6 +300,7 @@ def _classes(labels: Sequence[Sequence[set[str]]]) -> tuple[tuple[torch.Tensor, 
     names = sorted({name for side in labels for own in side for name in own})
     if not names:
         return None, []
+    check_class_names(names)
     number = {name: place for place, name in enumerate(names)}
     found = [torch.zeros(len(side), len(names), dtype=torch.bool) for side in labels]
     for side, members in zip(labels, found, strict=True):

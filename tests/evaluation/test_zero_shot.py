@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -16,6 +17,7 @@ from cmcr_hf.cli import main
 from cmcr_hf.evaluation.classification import top_1_hits
 from cmcr_hf.evaluation.labelled import LabelledSet
 from cmcr_hf.evaluation.modelnet40 import CLASSES
+from cmcr_hf.evaluation.pairs import load_pairs
 from cmcr_hf.evaluation.zero_shot import (
     IMAGE_TEMPLATES,
     PUBLISHED,
@@ -496,9 +498,10 @@ def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, fo
         broken.write_bytes(b"no picture")
     elif layout == "table":
         write_table(folder)
-        lost, options = "gone.wav", ("--modality", "audio", "--label", "kind")
+        lost, options = "broken.wav", ("--modality", "audio", "--label", "kind")
         with (folder / "table.csv").open("a") as table:
-            table.write("\ngone.wav,dog,x")
+            table.write("\ngone.wav,dog,x\nbroken.wav,cat,x")
+        (folder / "broken.wav").write_bytes(b"no sound")
     else:
         datasets = pytest.importorskip("datasets")
         write_folder(folder / "media")
@@ -514,7 +517,64 @@ def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, fo
     assert run(tiny_model, folder, layout.replace("data set", "table"), *options, data=data) == 0
     found = result(folder)
     assert found["data"]["unreadable"] == [lost]
-    assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
+    assert found["data"]["missing"] == (["gone.wav"] if layout == "table" else [])
+    missing = "1 item (no such file, for example gone.wav), " if layout == "table" else ""
+    assert f"Left out: {missing}1 item (cannot be read, for example {lost})." in found["notes"]
+
+
+def test_a_table_of_files_that_are_not_there_is_told_so(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "table.csv", "sound,kind\na.wav,dog\nb.wav,cat")
+    options = ("--modality", "audio", "--label", "kind")
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 1
+    assert "None of the files of table.csv is there, for example a.wav." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "set"])
+def test_a_class_that_is_a_list_is_refused(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    cells: list[Any] = [["dog", "bell"], ["cat"]]
+    rows = [{"sound": f"{row}.wav", "kind": cell} for row, cell in enumerate(cells)]
+    for row in range(2):
+        write(folder / f"{row}.wav", clip(row))
+    name = f"table.{kind}"
+    if kind == "jsonl":
+        write(folder / name, "\n".join(map(json.dumps, rows)))
+    elif kind == "csv":
+        write(folder / name, "sound,kind\n0.wav,\"['dog', 'bell']\"\n1.wav,cat")
+    else:
+        name = "set"
+        (folder / name).mkdir()
+        photos = [{"bytes": photo(row), "path": None} for row in range(2)]
+        features = datasets.Features({"photo": datasets.Image(), "kind": datasets.List(datasets.Value("string"))})
+        made = datasets.Dataset.from_dict({"photo": photos, "kind": cells}, features=features)
+        made.to_parquet(folder / name / "train.parquet")
+    modality, column = ("image", "photo") if kind == "set" else ("audio", "sound")
+    options = ("--modality", modality, "--label", "kind", "--column", column)
+    assert run(tiny_model, folder, "table", *options, data=name) == 1
+    assert "Expected one class in a cell, got ['" in capsys.readouterr().err
+    if kind != "set":
+        with pytest.raises(ValueError, match="Expected one class in a cell, got "):
+            load_pairs(str(folder / name), [("audio", "sound"), ("text", "sound"), ("class", "kind")])
+
+
+def test_a_damaged_store_of_an_evaluation_is_made_anew_by_the_same_command(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(folder)
+    options = ("--modality", "audio", "--label", "kind")
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 0
+    (store,) = (folder.parent / "out" / "stores").glob("clap-audio-*")
+    for damaged in (store / "shard-00000.safetensors", store / "manifest.json"):
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[: len(content) // 2])
+        assert run(tiny_model, folder, "table", *options, data="table.csv") == 1
+        assert f"delete {store} and run this command again." in capsys.readouterr().err
+        damaged.write_bytes(content)
+    shutil.rmtree(store)
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 0
 
 
 @pytest.mark.parametrize(
