@@ -49,12 +49,11 @@ from .pages.report import write_report
 from .training.aggregate_stores import aggregate_stores
 from .training.data import Item, Items
 from .training.embed import embed, source_record
-from .training.manifest import SHA256
 from .training.places import is_address
 from .training.pools import pool_stores
 from .training.posterior_files import remove_posteriors
 from .training.recipe import Bridge, Recipe, TrainSpec, load_recipe, recipe_names
-from .training.store import EmbeddingStore, check_same_keys
+from .training.store import EmbeddingStore, check_made_by, check_same_keys
 from .training.train import POSTERIORS, ConnectorTrainingArguments, Embeds, last_checkpoint, train_connector
 
 _RUN = re.compile("_runtime$|_per_second$")
@@ -454,38 +453,8 @@ def _check_rows(given: dict[tuple[str, str], EmbeddingStore], data: dict[str, It
 
 
 def _check_store(store: EmbeddingStore, identity: str, record: dict[str, str], dim: int) -> None:
-    """Check that a store was made by a source, as far as their records can be compared."""
-    if store.dim != dim:
-        differing = f"{store.dim} dimensions, and the source {dim}"
-    elif differing_fields := _differing(store.source, record):
-        differing = f"the {' and the '.join(differing_fields)}"
-    else:
-        return
-    raise ValueError(
-        f"The store {store.folder} was not made by the {store.space} source {shown_name(identity)!r}: it has "
-        f"{differing}. Name {store.source['id']!r} at revision {store.source['revision']} as source, or make the "
-        "store anew."
-    )
-
-
-def _differing(there: dict[str, str], here: dict[str, str]) -> list[str]:
-    """Return what tells the record of a source in a store from another one, as a sentence has it."""
-    found = []
-    folders = [bool(SHA256.fullmatch(record["revision"])) for record in (there, here)]
-    names = [record["id"] for record in (there, here)]
-    if any(folders):
-        # A folder is known by what it holds; its name may be that of the model whose copy it is.
-        names = [Path(name).name for name in names]
-    if names[0] != names[1] and not all(folders):
-        found.append(f"id {names[0]!r} and not {names[1]!r}")
-    revisions = [record["revision"] for record in (there, here)]
-    if folders[0] == folders[1] and "main" not in revisions:
-        # It tells the weights. A configuration tells less, and changes with the dtype and the version of its library.
-        if revisions[0] != revisions[1]:
-            found.append(f"revision {revisions[0][:12]} and not {revisions[1][:12]}")
-    elif there["config_hash"] != here["config_hash"]:
-        found.append(f"config_hash {there['config_hash'][:12]} and not {here['config_hash'][:12]}")
-    return found
+    remedy = f"Name {store.source['id']!r} at revision {store.source['revision']} as source, or make the store anew."
+    check_made_by(store, shown_name(identity), record, dim, remedy)
 
 
 def _held_back(recipe: Recipe, data_root: Path) -> tuple[dict[str, Items], dict[str, list[Item]]]:

@@ -10,7 +10,8 @@ import soundfile
 from PIL import Image
 
 from cmcr_hf import CMCRModel
-from cmcr_hf.connect import _hub_data_set, connect
+from cmcr_hf.connect import connect
+from cmcr_hf.connection_card import _hub_data_set
 from cmcr_hf.training.recipe import SourceSpec, load_recipe
 from cmcr_hf.training.store import EmbeddingStore
 

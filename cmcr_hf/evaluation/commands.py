@@ -87,7 +87,7 @@ def evaluated_model(
     device = usable_device(arguments.device)
     if check is not None:
         check(load_config(arguments.model, modalities))
-    with locked(arguments.output), tuned(device, quiet=True):
+    with locked(arguments.output), tuned(device, quiet=True), _own_remedy(arguments.output):
         yield EvaluatedModel(
             arguments.model,
             arguments.output,
@@ -95,6 +95,18 @@ def evaluated_model(
             device=device,
             batch_size=arguments.batch_size,
         )
+
+
+@contextmanager
+def _own_remedy(folder: Path) -> Iterator[None]:
+    """Say of a damaged store of the evaluation's own that this command makes it anew, not `cmcr embed`."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error)
+        if "run embed again" not in told or str(folder / "stores") not in told:
+            raise
+        raise ValueError(told.replace("run embed again", "run this command again")) from error
 
 
 def run_settings(arguments: argparse.Namespace, resampled: str, **more: Any) -> dict[str, Any]:
@@ -145,6 +157,8 @@ def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> E
 
     notes = []
     left, other = left_out(result.data), result.data.get("part")
+    if not (left or arguments.limit or other) and result.published:
+        other = result.published[0].other_size(result.data["items"])
     if left:
         notes.append(f"Left out: {left}.")
     part = bool(left or arguments.limit or other)
@@ -155,7 +169,8 @@ def _told_of_parts(arguments: argparse.Namespace, result: EvaluationResult) -> E
     values = [value for group in result.metrics.get(CHANCE, {}).values() for value in group.values()]
     if values and min(values) >= 1:
         notes.append("Chance is 1: what is left has one answer, so these numbers say nothing.")
-    return replace(result, notes=[*result.notes, *notes], published=() if part else result.published)
+    data = {**result.data, "part": other}
+    return replace(result, data=data, notes=[*result.notes, *notes], published=() if part else result.published)
 
 
 def finish(arguments: argparse.Namespace, result: EvaluationResult) -> None:

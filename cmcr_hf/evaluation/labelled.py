@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,12 +228,19 @@ def label_items(
     Raises:
         ValueError: an item has no class, or a class no words.
     """
-    found = []
-    for item in items:
+    found, there, missing = [], [], []
+    for row, item in enumerate(items):
         if item.label is None:
             raise ValueError(f"The item {item.key!r} has no class. Fill it in, or leave the item out.")
         found.append(item.label)
+        if isinstance(item.value, Path) and not item.value.is_file():
+            missing.append(item.key)
+        else:
+            there.append(row)
+    if not there:
+        raise ValueError(f"None of the files of {name} is there, for example {missing[0]}. Check where they lie.")
     classes = sorted(set(found).union(item.label for item in every or () if item.label is not None))
+    check_class_names(classes)
     if words is None:
         words = {label: [label.replace("_", " ")] for label in classes}
     elif isinstance(words, list):
@@ -245,12 +253,26 @@ def label_items(
     number = {label: index for index, label in enumerate(classes)}
     return LabelledSet(
         name=name,
-        items=items,
+        items=items.at(there) if missing else items,
         classes=classes,
         words=[list(words[label]) for label in classes],
-        labels=[[number[label]] for label in found],
+        labels=[[number[found[row]]] for row in there],
         licence=licence,
+        missing=missing,
     )
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Check that none is a list, as a cell that holds several classes is written."""
+    for name in names:
+        if not name.startswith(("[", "{", "(")):
+            continue
+        try:
+            several = isinstance(ast.literal_eval(name), (list, tuple, set, dict))
+        except (ValueError, SyntaxError):
+            several = False
+        if several:
+            raise ValueError(f"Expected one class in a cell, got {name:.80}. Name a column with one class a row.")
 
 
 def read_words(path: Path) -> Words:

@@ -37,27 +37,31 @@ NOTES = {
     "extended-vgg-ss": _ALL_THRESHOLDS,
     "extended-flickr-soundnet": _ALL_THRESHOLDS,
 }
-# Models trained on pairs of pictures and sounds: name, metrics, source.
-PUBLISHED: dict[str, tuple[str, dict[str, dict[str, float]], str]] = {
+# Models trained on pairs of pictures and sounds: name, metrics, source, and of how many pairs.
+PUBLISHED: dict[str, tuple[str, dict[str, dict[str, float]], str, dict[str, list[int]]]] = {
     "vgg-ss": (
         "EZ-VSL, trained on 144k pairs",
         {"localization": {"cIoU@0.5": 0.3885, "AUC": 0.3954}},
         "github.com/stoneMo/EZ-VSL",
+        {"pairs": [5158]},
     ),
     "flickr-soundnet": (
         "EZ-VSL, trained on 144k pairs",
         {"localization": {"cIoU@0.5": 0.8394, "AUC": 0.6360}},
         "github.com/stoneMo/EZ-VSL",
+        {"pairs": [250]},
     ),
     "extended-vgg-ss": (
         "SLAVC, trained on 144k pairs",
         {"located recognition": {"AP": 0.3295, "max-F1": 0.4000}, "localization": {"cIoU@0.5": 0.3779}},
         "github.com/stoneMo/SLAVC",
+        {"pairs": [10_316]},
     ),
     "extended-flickr-soundnet": (
         "SLAVC, trained on 144k pairs",
         {"located recognition": {"AP": 0.5163, "max-F1": 0.5910}, "localization": {"cIoU@0.5": 0.8360}},
         "github.com/stoneMo/SLAVC",
+        {"pairs": [500]},
     ),
 }
 

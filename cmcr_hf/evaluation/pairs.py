@@ -24,6 +24,7 @@ import torch
 from ..training.data import SUFFIXES, Items, is_table, load_table
 from ..training.places import is_address
 from ..training.recipe import DataSpec
+from .labelled import check_class_names
 from .result import counted, left_out, shown
 
 # What the items of a modality are called.
@@ -299,6 +300,7 @@ def _classes(labels: Sequence[Sequence[set[str]]]) -> tuple[tuple[torch.Tensor, 
     names = sorted({name for side in labels for own in side for name in own})
     if not names:
         return None, []
+    check_class_names(names)
     number = {name: place for place, name in enumerate(names)}
     found = [torch.zeros(len(side), len(names), dtype=torch.bool) for side in labels]
     for side, members in zip(labels, found, strict=True):
@@ -404,35 +406,35 @@ def _load_data_set(
         places.append([key.removeprefix(f"{name}/{split}/").split("/")[0] for key, _, _ in keyed])
         labels.append([set() if own is None else {own} for _, _, own in keyed])
         sides.append(items if found is None else Items.listed("text", [str(value) for _, value, _ in found]))
-    data_set = _align(Path(data).name, sides, places, labels)
-    # Behind a limit, it is not the other cell that a text lacks.
-    return data_set if limit is None else replace(data_set, empty=0)
+    return _align(Path(data).name, sides, places, labels, limit is not None)
 
 
-def _align(name: str, sides: list[Items], places: list[list[str]], labels: list[list[set[str]]]) -> PairedSet:
-    """Pair the items of two sides that are of one row, and leave out texts that no item of the other side has."""
-    both, empty = set(places[0]) & set(places[1]), 0
+def _align(
+    name: str, sides: list[Items], places: list[list[str]], labels: list[list[set[str]]], limited: bool
+) -> PairedSet:
+    """Pair the items of two sides that are of one row, and leave out those of rows with an empty cell."""
+    first, second = map(set, places)
+    both, single = first & second, first ^ second
+    if limited and both:
+        # Behind a limit, it is not the other cell that an item lacks.
+        last = max(map(int, both))
+        single = {place for place in single if int(place) <= last}
     for side, items in enumerate(sides):
         kept = [row for row, place in enumerate(places[side]) if place in both]
-        if len(kept) == len(places[side]):
+        if len(kept) == len(places[side]) or not kept:
             continue
-        if items.modality != "text":
-            raise ValueError(
-                f"{name} has {len(places[side]) - len(kept)} rows with {items.modality} alone. Fill in the other "
-                "column, or remove the rows."
-            )
-        empty = len(set(places[side]) - both)
-        texts = [str(item.value) for item in items]
-        sides[side] = Items.listed("text", [texts[row] for row in kept])
+        texts = [str(item.value) for item in items] if items.modality == "text" else []
+        sides[side] = Items.listed("text", [texts[row] for row in kept]) if texts else items.at(kept)
         places[side], labels[side] = [places[side][row] for row in kept], [labels[side][row] for row in kept]
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, place in enumerate(places[1]):
         rows_of[place].append(row)
     pairs = [(row, other) for row, place in enumerate(places[0]) for other in rows_of[place]]
     if not pairs:
-        raise ValueError(f"There is no pair in {name}. Check the columns.")
+        left = left_out({"empty": len(single)})
+        raise ValueError(f"There is no pair in {name}{left and f', but {left}'}. Check the columns.")
     classes, class_names = _classes(labels)
-    return PairedSet(name, (sides[0], sides[1]), torch.tensor(pairs), classes, class_names, empty=empty)
+    return PairedSet(name, (sides[0], sides[1]), torch.tensor(pairs), classes, class_names, empty=len(single))
 
 
 def load_folders(images: Path, audio: Path, label: str, limit: int | None = None) -> PairedSet:

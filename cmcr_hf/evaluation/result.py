@@ -111,11 +111,27 @@ class Breakdown:
 
 @dataclass
 class Published:
-    """Numbers that others have published: `metrics` are theirs, never measured here."""
+    """Numbers that others have published: `metrics` are theirs, never measured here.
+
+    Args:
+        of: how many items they are of, by what these are called in the `items` of a result's data; any of several.
+    """
 
     model: str
     metrics: Metrics
     source: str
+    of: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def other_size(self, items: Mapping[str, int]) -> str | None:
+        """Say how many items data has where the numbers are of another number, such as of a whole benchmark."""
+        return next(
+            (
+                f"{counted(items[name], name)} in place of {' or '.join(f'{size:,}' for size in sizes)}"
+                for name, sizes in self.of.items()
+                if items[name] not in sizes
+            ),
+            None,
+        )
 
 
 @dataclass
@@ -203,12 +219,13 @@ class EvaluationResult:
         }
 
     def write(self, folder: Path) -> None:
-        """Write `result.json` and the page `report.html` into a folder, each whole or not at all."""
+        """Write the page `report.html` and then `result.json` into a folder, each whole or not at all."""
         # Imported here: pages are made of results, and a result that is only printed needs none.
         from ..pages.evaluation import write_evaluation_page
 
-        write_json(folder / RESULT, self.document())
+        # The large one first: where the disk is full, no result stands without its page.
         write_evaluation_page(folder / PAGE, self)
+        write_json(folder / RESULT, self.document())
 
 
 def settings(

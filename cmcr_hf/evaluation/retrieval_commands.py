@@ -144,7 +144,7 @@ def _retrieval(arguments: argparse.Namespace) -> None:
             EvaluationResult(
                 task="retrieval",
                 title=f"{kind} retrieval {'by class' if data.pairs is None else f'on {data.name}'}",
-                data={**data.record(), "part": _part(arguments, data)},
+                data={**data.record(), "part": _part(arguments)},
                 model=model.record(),
                 settings=run_settings(
                     arguments,
@@ -159,21 +159,23 @@ def _retrieval(arguments: argparse.Namespace) -> None:
                 published=PUBLISHED.get(arguments.layout, ()),
                 best=best,
                 worst=worst,
-                notes=[*methods.notes, *data.notes(), *ranked.notes, *compare_with_bridges(ranked)],
+                notes=[
+                    *methods.notes,
+                    *data.notes(),
+                    *ranked.notes,
+                    *(compare_with_bridges(ranked) if methods.comparable else []),
+                ],
             ),
         )
 
 
-def _part(arguments: argparse.Namespace, data: PairedSet) -> str | None:
+def _part(arguments: argparse.Namespace) -> str | None:
     """Say which part of a benchmark the data is, where that is not the one that published numbers are of."""
-    from .pair_ranking import FLICKR_SOUNDNET_PAIRS
     from .pairs import KARPATHY
 
     layout = arguments.layout
-    if layout == "flickr-soundnet":
-        pairs = data.sizes[0]
-        return None if pairs == FLICKR_SOUNDNET_PAIRS else f"{pairs:,} pairs in place of {FLICKR_SOUNDNET_PAIRS:,}"
-    if arguments.list is not None:
+    # The numbers of Flickr-SoundNet are of a list that only --list can name.
+    if arguments.list is not None and layout != "flickr-soundnet":
         return f"the list {arguments.list.name}"
     if layout == "coco" and not (Path(arguments.data) / KARPATHY).is_file():
         return "the official captions, not a split of Karpathy"
@@ -209,6 +211,7 @@ def _bank(arguments: argparse.Namespace) -> Items | dict[str, EmbeddingStore]:
 
 def _paired_set(arguments: argparse.Namespace) -> PairedSet:
     """Open the data of a command; ValueError says what it lacks."""
+    from ..training.data import is_table
     from .pairs import load_audiocaps, load_ave, load_clotho, load_coco, load_folders, load_pairs, load_sounding
 
     layout, limit = arguments.layout, arguments.limit
@@ -245,6 +248,10 @@ def _paired_set(arguments: argparse.Namespace) -> PairedSet:
         return load_clotho(folder, limit=limit, **split)
     if layout == "coco":
         return load_coco(folder, limit=limit, **split)
+    given = "a table" if is_table(arguments.data) else "a data set"
+    for option, own in (("files", "a table"), ("config", "a data set"), ("split", "a data set")):
+        if getattr(arguments, option) is not None and own != given:
+            raise ValueError(f"--{option} goes with {own}, and {arguments.data} is {given}. Leave it out.")
     columns = []
     for column in arguments.columns or []:
         kind, equals, name = column.partition("=")

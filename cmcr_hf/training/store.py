@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from .manifest import (
     DTYPES,
     MANIFEST,
+    SHA256,
     Description,
     Number,
     Receipt,
@@ -494,6 +495,46 @@ def check_same_keys(here: tuple[str, list[str]], there: tuple[str, list[str]]) -
             raise ValueError(f"Row {row} of {name} is {key!r}, and of {other} {found!r}. {remedy}")
     if len(keys) != len(others):
         raise ValueError(f"{name} has {len(keys)} rows, and {other} {len(others)}. {remedy}")
+
+
+def check_made_by(store: EmbeddingStore, name: str, record: dict[str, str], dim: int, remedy: str) -> None:
+    """Check that a store was made by a source, as far as their records can be compared.
+
+    Args:
+        name: of the source.
+        record: of the source, such as [`source_record`] returns.
+        dim: of the source.
+        remedy: the sentence that ends the ValueError.
+    """
+    if store.dim != dim:
+        differing = f"{store.dim} dimensions, and the source {dim}"
+    elif differing_fields := _differing(store.source, record):
+        differing = f"the {' and the '.join(differing_fields)}"
+    else:
+        return
+    raise ValueError(
+        f"The store {store.folder} was not made by the {store.space} source {name!r}: it has {differing}. {remedy}"
+    )
+
+
+def _differing(there: dict[str, str], here: dict[str, str]) -> list[str]:
+    """Return what tells the record of a source in a store from another one, as a sentence has it."""
+    found = []
+    folders = [bool(SHA256.fullmatch(record["revision"])) for record in (there, here)]
+    names = [record["id"] for record in (there, here)]
+    if any(folders):
+        # A folder is known by what it holds; its name may be that of the model whose copy it is.
+        names = [Path(name).name for name in names]
+    if names[0] != names[1] and not all(folders):
+        found.append(f"id {names[0]!r} and not {names[1]!r}")
+    revisions = [record["revision"] for record in (there, here)]
+    if folders[0] == folders[1] and "main" not in revisions:
+        # It tells the weights. A configuration tells less, and changes with the dtype and the version of its library.
+        if revisions[0] != revisions[1]:
+            found.append(f"revision {revisions[0][:12]} and not {revisions[1][:12]}")
+    elif there["config_hash"] != here["config_hash"]:
+        found.append(f"config_hash {there['config_hash'][:12]} and not {here['config_hash'][:12]}")
+    return found
 
 
 def _without_gaps(found: Sequence[Receipt]) -> bool:

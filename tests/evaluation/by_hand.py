@@ -21,8 +21,8 @@ _ARGUMENTS = {"image": "images", "audio": "audio", "text": "text", "point_cloud"
 
 
 def evaluate(task: str, model: Path, data: Path | None, layout: str, output: Path, *more: str) -> dict[str, Any]:
-    words = ["evaluate", task, "--model", str(model), "--layout", layout, "--output", str(output)]
-    words += [] if data is None else ["--data", str(data)]
+    words = ["evaluate", task, "--model", str(model), "--output", str(output)]
+    words += [] if data is None else ["--data", str(data), "--layout", layout]
     assert main([*words, "--bootstrap", str(RESAMPLES), "--device", "cpu", *more]) == 0
     document: dict[str, Any] = json.loads((output / "result.json").read_text())
     return document

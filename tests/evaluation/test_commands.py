@@ -16,15 +16,15 @@ from cmcr_hf.training.recipe import DataSpec
 from tests.evaluation.sounding_folders import write_vgg_ss
 
 
-def make_result(chance: float = 0.5, **data: object) -> EvaluationResult:
+def make_result(chance: float = 0.5, size: int = 3, **data: object) -> EvaluationResult:
     return EvaluationResult(
         task="retrieval",
         title="a test",
-        data={"name": "data", "items": {"pairs": 3}, "fingerprint": {}, "licence": None, **data},
+        data={"name": "data", "items": {"pairs": size}, "fingerprint": {}, "licence": None, **data},
         model={"name": "model"},
         settings={"command": "cmcr", "resampled": "queries", "resamples": 20, "confidence": 0.95},
         metrics={"chance": {"there": {"R@1": chance}}, "model": {"there": {"R@1": 1.0}}},
-        published=[Published("theirs", {"there": {"R@1": 0.3}}, "a paper")],
+        published=[Published("theirs", {"there": {"R@1": 0.3}}, "a paper", {"pairs": [3, 5000]})],
     )
 
 
@@ -35,7 +35,8 @@ def finished(folder: Path, result: EvaluationResult, limit: int | None = None) -
 
 def test_a_whole_data_set_stands_beside_what_others_published(tmp_path: Path) -> None:
     found = finished(tmp_path, make_result(missing=[], part=None))
-    assert found["notes"] == [] and len(found["published"]) == 1
+    assert found["notes"] == [] and len(found["published"]) == 1 and found["data"]["part"] is None
+    assert len(finished(tmp_path, make_result(size=5000))["published"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,12 @@ def test_a_whole_data_set_stands_beside_what_others_published(tmp_path: Path) ->
             "Left out: 1 item (no such file, for example a.wav), 2 items (cannot be read, for example b.wav).",
         ),
         ({}, 3, "Published numbers are of the whole data set, so none stand here."),
+        ({"size": 2}, 2, "Published numbers are of the whole data set, so none stand here."),
+        (
+            {"size": 1200},
+            None,
+            "This is 1,200 pairs in place of 3 or 5,000, which published numbers are not of, so none stand here.",
+        ),
     ],
 )
 def test_a_part_of_a_data_set_is_called_so_and_stands_beside_nothing(
@@ -60,6 +67,16 @@ def test_a_part_of_a_data_set_is_called_so_and_stands_beside_nothing(
 ) -> None:
     found = finished(tmp_path, make_result(**data), limit)
     assert said in found["notes"] and found["published"] == []
+
+
+def test_where_the_page_cannot_be_written_there_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, result: EvaluationResult) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("cmcr_hf.pages.evaluation.write_evaluation_page", full)
+    with pytest.raises(OSError, match="No space left"):
+        finished(tmp_path, make_result())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_task_with_one_answer_is_called_so(tmp_path: Path) -> None:

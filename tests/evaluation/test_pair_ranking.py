@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from cmcr_hf.evaluation.pair_ranking import (
 )
 from cmcr_hf.evaluation.pairs import PairedSet
 from cmcr_hf.evaluation.retrieval import chance, label_retrieval, pair_retrieval, pair_values
-from cmcr_hf.modeling.configuration_cmcr import CMCRConfig
+from cmcr_hf.modeling.configuration_cmcr import CMCRConfig, source_embedding_dim
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
+from cmcr_hf.modeling.towers_cmcr import load_source
 from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.data import Items
+from cmcr_hf.training.embed import source_record
 from cmcr_hf.training.posteriors import choose_temperatures
+from cmcr_hf.training.store import EmbeddingStore
 from tests.media import RATE, encode_audio, encode_image, noise, peak_growth, picture
 
 COLUMNS = ("--columns", "image=picture", "audio=clip")
@@ -356,6 +360,70 @@ def test_a_bank_in_one_space_alone_is_refused(
     assert "Expected a store of the bank in clap, 16 wide, got none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bank", ["a dog", "a dog\n" * 5, "a dog\n" * 5 + "a cat"])
+def test_a_bank_that_cannot_tell_items_apart_gives_no_verdict(tiny_model: Path, data: Path, bank: str) -> None:
+    (data / "bank.txt").write_text(bank)
+    result = run(tiny_model, data, "audio=clip", "image=picture", more=("--bank", str(data / "bank.txt")))
+    notes = " ".join(result["notes"])
+    assert ("The bank has one text, or several that a source cannot tell apart" in notes) == ("cat" not in bank)
+    assert ("The model beside what needs no training" in notes) == ("cat" in bank)
+    assert "posterior matching" in result["metrics"]
+
+
+@pytest.fixture
+def write_bank(tmp_path: Path, tiny_clip: Path, tiny_clap: Path) -> Callable[..., str]:
+    """What writes a store of random rows that says of itself that a source of the tiny model made it, or else."""
+
+    def write(space: str, **changes: object) -> str:
+        source = {"clip": tiny_clip, "clap": tiny_clap}[space]
+        model, record = load_source(str(source), None, ["text"], {"dtype": torch.float32})
+        described = {"modality": "text", "source": source_record(str(record["id"]), None, model), **changes}
+        dim = source_embedding_dim(model.config)
+        store = EmbeddingStore.create(
+            tmp_path / "banks" / f"{space}-{len(list(tmp_path.glob('banks/*')))}",
+            space=space,
+            dim=dim,
+            data_fingerprint="a bank",
+            **described,
+        )
+        store.append(normalize(torch.randn(8, dim), dim=1), [str(row) for row in range(8)])
+        store.finish()
+        return f"{space}={store.folder}"
+
+    return write
+
+
+OTHER = {"id": "someone/else", "revision": "0" * 40, "config_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("clip", "clap", "expected"),
+    [
+        ({}, {}, None),
+        ({"source": OTHER}, {}, "was not made by the clip source 'clip': it has the id 'else' and not 'clip'"),
+        ({}, {"source": OTHER}, "was not made by the clap source 'clap': it has the id 'else' and not 'clap'"),
+        ({"modality": "image"}, {}, "hold image in clip and text in clap, expected one that both sources embed: text"),
+        ({"modality": "image"}, {"modality": "image"}, "hold image in clip and image in clap, expected one that both"),
+    ],
+)
+def test_stores_of_a_bank_are_of_one_modality_and_of_the_sources_of_the_model(
+    tiny_model: Path,
+    data: Path,
+    write_bank: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    clip: dict,
+    clap: dict,
+    expected: str | None,
+) -> None:
+    stores = (write_bank("clip", **clip), write_bank("clap", **clap))
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv"), "--device"]
+    arguments += ["cpu", "--bootstrap", "0", *COLUMNS, "--output", str(data / "out"), "--bank", *stores]
+    assert main(arguments) == (0 if expected is None else 1)
+    assert (expected or "") in capsys.readouterr().err
+    # Nothing was embedded before.
+    assert (data / "out" / "stores").exists() == (expected is None)
+
+
 def test_sides_of_one_space_need_no_bank(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(data / "pairs.csv")]
     arguments += ["--columns", "image=picture", "text=caption", "--bank", str(data / "bank.txt")]
@@ -433,19 +501,20 @@ def benchmark(data: Path) -> Path:
 @pytest.mark.parametrize(
     ("layout", "more", "part"),
     [
-        ("audiocaps", (), None),
-        ("audiocaps", ("--split", "test"), None),
+        ("audiocaps", (), "3 clips in place of 975"),
+        ("audiocaps", ("--split", "test"), "3 clips in place of 975"),
         ("audiocaps", ("--split", "val"), "the split val"),
-        ("vgg-ss", (), None),
+        ("vgg-ss", (), "3 clips in place of 5,000 or 5,158"),
         ("vgg-ss", ("--list", "{}/flickr_test.csv"), "the list flickr_test.csv"),
-        ("flickr-soundnet", (), "3 pairs in place of 5,000"),
-        ("karpathy", (), None),
+        ("flickr-soundnet", (), "3 clips in place of 5,000"),
+        ("flickr-soundnet", ("--list", "{}/flickr_test.csv"), "3 clips in place of 5,000"),
+        ("karpathy", (), "2 images in place of 5,000"),
         ("karpathy", ("--split", "val"), "the split val"),
         ("coco", (), "the official captions, not a split of Karpathy"),
     ],
 )
-def test_published_numbers_stand_beside_the_split_and_the_list_that_they_are_of(
-    tiny_model: Path, benchmark: Path, layout: str, more: tuple[str, ...], part: str | None
+def test_published_numbers_do_not_stand_beside_another_split_list_or_size(
+    tiny_model: Path, benchmark: Path, layout: str, more: tuple[str, ...], part: str
 ) -> None:
     if layout == "karpathy":
         (benchmark / "karpathy.json").rename(benchmark / "dataset_coco.json")
@@ -455,11 +524,24 @@ def test_published_numbers_stand_beside_the_split_and_the_list_that_they_are_of(
     assert main([*arguments, "--output", str(benchmark / "out"), "--bootstrap", "0", "--layout", layout, *more]) == 0
     result = json.loads((benchmark / "out" / "result.json").read_text())
     assert result["data"]["part"] == part
-    assert bool(result["published"]) == (part is None)
-    assert (f"This is {part}, which published numbers are not of, so none stand here." in result["notes"]) == (
-        part is not None
-    )
+    assert result["published"] == []
+    assert f"This is {part}, which published numbers are not of, so none stand here." in result["notes"]
     assert str(benchmark) not in json.dumps(result)
+
+
+@pytest.mark.parametrize("layout", ["audiocaps", "vgg-ss", "flickr-soundnet", "coco"])
+def test_published_numbers_stand_beside_the_whole_of_what_they_are_of(
+    tiny_model: Path, benchmark: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    (benchmark / "karpathy.json").rename(benchmark / "dataset_coco.json")
+    size = {"images": [2]} if layout == "coco" else {"clips": [3]}
+    whole = [replace(entry, of=size) for entry in pair_ranking.PUBLISHED[layout]]
+    monkeypatch.setitem(pair_ranking.PUBLISHED, layout, whole)
+    arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(benchmark), "--device", "cpu"]
+    assert main([*arguments, "--output", str(benchmark / "out"), "--bootstrap", "0", "--layout", layout]) == 0
+    result = json.loads((benchmark / "out" / "result.json").read_text())
+    assert [entry["model"] for entry in result["published"]] == [entry.model for entry in whole]
+    assert result["data"]["part"] is None
 
 
 def test_a_second_run_embeds_nothing_and_another_table_does(
@@ -483,6 +565,9 @@ def test_a_second_run_embeds_nothing_and_another_table_does(
     [
         (("--layout", "ave", "--columns", "image=a"), "--columns goes with --layout pairs, got ave"),
         (("--columns", "picture"), "Expected --columns KIND=COLUMN, got 'picture'"),
+        ((*COLUMNS, "--split", "test"), "--split goes with a data set, and {}/pairs.csv is a table. Leave it out."),
+        ((*COLUMNS, "--config", "foo"), "--config goes with a data set, and {}/pairs.csv is a table. Leave it out."),
+        (("--columns", "image=a", "--files", "b"), "--files goes with a table, and {} is a data set. Leave it out."),
         (("--images", "photos"), "Expected --data, or --images and --audio"),
         (("--layout", "coco"), "cocodataset.org/#download"),
         (("--layout", "coco", "--split", "val"), "has no dataset_coco.json, whose split 'val' is"),
@@ -501,7 +586,7 @@ def test_what_does_not_go_together_is_said_before_the_model_is_loaded(
     table = data / "pairs.csv" if "image=picture" in more else data
     arguments = ["evaluate", "retrieval", "--model", "no/model", "--data", str(table), "--output", str(data / "out")]
     assert main([*arguments, *more]) == 1
-    assert expected in capsys.readouterr().err
+    assert expected.format(data) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -567,6 +652,38 @@ def test_items_that_can_be_read_are_ranked_as_if_there_were_no_others(tiny_model
     assert found["data"]["unreadable"] == ["cat.png"]
     for direction, metrics in expected["metrics"]["model"].items():
         assert found["metrics"]["model"][direction] == pytest.approx(metrics)
+
+
+def test_rows_of_a_data_set_with_an_empty_cell_are_passed_over_and_counted_as_those_of_a_table(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    captions = ["a dog", "  ", "a cat", None, "a bell", "a train"]
+    images = [encode_image(Image.fromarray(picture() // (row + 1))) for row in range(5)]
+    features = datasets.Features({"picture": datasets.Image(), "caption": datasets.Value("string")})
+    cells = [*({"bytes": image, "path": None} for image in images), None]
+    (tmp_path / "set").mkdir()
+    rows = datasets.Dataset.from_dict({"picture": cells, "caption": captions}, features=features)
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    lines = []
+    for row, caption in enumerate(captions):
+        if row < len(images):
+            (tmp_path / f"{row}.png").write_bytes(images[row])
+        lines.append({"picture": f"{row}.png" if row < len(images) else None, "caption": caption})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = []
+    for name, *more in (("pairs.jsonl",), ("set",), ("set", "--limit", "2")):
+        arguments = ["evaluate", "retrieval", "--model", str(tiny_model), "--data", str(tmp_path / name), *more]
+        arguments += ["--columns", "image=picture", "text=caption", "--output", str(tmp_path / "out")]
+        assert main([*arguments, "--device", "cpu"]) == 0
+        found.append(json.loads((tmp_path / "out" / "result.json").read_text()))
+    table, data_set, limited = found
+    assert data_set["data"]["items"] == table["data"]["items"] == {"images": 3, "texts": 3}
+    assert data_set["data"]["empty"] == table["data"]["empty"] == 3
+    assert "Left out: 3 rows (an empty cell)." in data_set["notes"]
+    assert data_set["metrics"]["model"] == table["metrics"]["model"]
+    # Of the first two pictures, the second has no caption; those behind them are not looked at.
+    assert limited["data"]["items"] == {"images": 1, "texts": 1}
 
 
 def test_a_picture_in_a_data_set_that_cannot_be_read_goes_with_its_captions(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from cmcr_hf.cli import main
 from cmcr_hf.evaluation.classification import top_1_hits
 from cmcr_hf.evaluation.labelled import LabelledSet
 from cmcr_hf.evaluation.modelnet40 import CLASSES
+from cmcr_hf.evaluation.pairs import load_pairs
 from cmcr_hf.evaluation.zero_shot import (
     IMAGE_TEMPLATES,
+    PUBLISHED,
     TEMPLATES,
     breakdowns,
     cases,
@@ -333,10 +337,27 @@ def test_a_data_set_of_the_hub_s_form_is_measured(tiny_model: Path, folder: Path
     )
 
 
+def take_for_whole(monkeypatch: pytest.MonkeyPatch, layout: str, items: int) -> None:
+    """Let so few items be the whole of a benchmark."""
+    monkeypatch.setitem(PUBLISHED, layout, [replace(entry, of={"items": [items]}) for entry in PUBLISHED[layout]])
+
+
+@pytest.mark.parametrize(("layout", "part"), [("esc-50", "6 items in place of 2,000"), ("modelnet40", "40 items in")])
+def test_published_numbers_do_not_stand_beside_a_few_items_of_a_benchmark(
+    tiny_model: Path, tiny_ulip_model: Path, folder: Path, layout: str, part: str
+) -> None:
+    (write_esc50 if layout == "esc-50" else write_modelnet40)(folder)
+    assert run(tiny_model if layout == "esc-50" else tiny_ulip_model, folder, layout, "--template", "{}") == 0
+    found = result(folder)
+    assert found["published"] == [] and found["data"]["part"].startswith(part)
+    assert f"This is {found['data']['part']}, which published numbers are not of, so none" in " ".join(found["notes"])
+
+
 def test_modelnet40_runs_from_meshes_to_numbers_beside_the_published_ones(
-    tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_ulip_model: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_modelnet40(folder)
+    take_for_whole(monkeypatch, "modelnet40", 40)
     assert run(tiny_ulip_model, folder, "modelnet40") == 0
     out = capsys.readouterr().out
     assert out.startswith("zero-shot classification of ModelNet40: 40 items, 40 classes\n")
@@ -434,11 +455,11 @@ def test_clips_of_audioset_that_cannot_be_read_are_left_out_too(
 
 
 @pytest.mark.parametrize(
-    ("layout", "write_layout", "lost", "published"),
+    ("layout", "write_layout", "lost", "whole_size"),
     [
-        ("esc-50", write_esc50, "3.wav", True),
-        ("imagenet", write_imagenet, "n00000002/1.JPEG", False),
-        ("modelnet40", write_modelnet40, "bathtub/test/1.off", True),
+        ("esc-50", write_esc50, "3.wav", 6),
+        ("imagenet", write_imagenet, "n00000002/1.JPEG", None),
+        ("modelnet40", write_modelnet40, "bathtub/test/1.off", 40),
     ],
 )
 def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
@@ -448,9 +469,12 @@ def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
     layout: str,
     write_layout: Any,
     lost: str,
-    published: bool,
+    whole_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_layout(folder)
+    if whole_size is not None:
+        take_for_whole(monkeypatch, layout, whole_size)
     model = tiny_ulip_model if layout == "modelnet40" else tiny_model
     assert run(model, folder, layout, "--template", "{}") == 0
     whole = result(folder)
@@ -461,7 +485,7 @@ def test_items_of_benchmarks_that_cannot_be_read_are_left_out_too(
     assert found["data"]["items"]["items"] == whole["data"]["items"]["items"] - 1
     # What is told apart stays the same.
     assert found["data"]["items"]["classes"] == whole["data"]["items"]["classes"]
-    assert (bool(whole["published"]), found["published"]) == (published, [])
+    assert (bool(whole["published"]), found["published"]) == (whole_size is not None, [])
     assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
 
 
@@ -474,9 +498,10 @@ def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, fo
         broken.write_bytes(b"no picture")
     elif layout == "table":
         write_table(folder)
-        lost, options = "gone.wav", ("--modality", "audio", "--label", "kind")
+        lost, options = "broken.wav", ("--modality", "audio", "--label", "kind")
         with (folder / "table.csv").open("a") as table:
-            table.write("\ngone.wav,dog,x")
+            table.write("\ngone.wav,dog,x\nbroken.wav,cat,x")
+        (folder / "broken.wav").write_bytes(b"no sound")
     else:
         datasets = pytest.importorskip("datasets")
         write_folder(folder / "media")
@@ -492,7 +517,64 @@ def test_items_of_your_own_that_cannot_be_read_are_left_out(tiny_model: Path, fo
     assert run(tiny_model, folder, layout.replace("data set", "table"), *options, data=data) == 0
     found = result(folder)
     assert found["data"]["unreadable"] == [lost]
-    assert f"Left out: 1 item (cannot be read, for example {lost})." in found["notes"]
+    assert found["data"]["missing"] == (["gone.wav"] if layout == "table" else [])
+    missing = "1 item (no such file, for example gone.wav), " if layout == "table" else ""
+    assert f"Left out: {missing}1 item (cannot be read, for example {lost})." in found["notes"]
+
+
+def test_a_table_of_files_that_are_not_there_is_told_so(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "table.csv", "sound,kind\na.wav,dog\nb.wav,cat")
+    options = ("--modality", "audio", "--label", "kind")
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 1
+    assert "None of the files of table.csv is there, for example a.wav." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "set"])
+def test_a_class_that_is_a_list_is_refused(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    cells: list[Any] = [["dog", "bell"], ["cat"]]
+    rows = [{"sound": f"{row}.wav", "kind": cell} for row, cell in enumerate(cells)]
+    for row in range(2):
+        write(folder / f"{row}.wav", clip(row))
+    name = f"table.{kind}"
+    if kind == "jsonl":
+        write(folder / name, "\n".join(map(json.dumps, rows)))
+    elif kind == "csv":
+        write(folder / name, "sound,kind\n0.wav,\"['dog', 'bell']\"\n1.wav,cat")
+    else:
+        name = "set"
+        (folder / name).mkdir()
+        photos = [{"bytes": photo(row), "path": None} for row in range(2)]
+        features = datasets.Features({"photo": datasets.Image(), "kind": datasets.List(datasets.Value("string"))})
+        made = datasets.Dataset.from_dict({"photo": photos, "kind": cells}, features=features)
+        made.to_parquet(folder / name / "train.parquet")
+    modality, column = ("image", "photo") if kind == "set" else ("audio", "sound")
+    options = ("--modality", modality, "--label", "kind", "--column", column)
+    assert run(tiny_model, folder, "table", *options, data=name) == 1
+    assert "Expected one class in a cell, got ['" in capsys.readouterr().err
+    if kind != "set":
+        with pytest.raises(ValueError, match="Expected one class in a cell, got "):
+            load_pairs(str(folder / name), [("audio", "sound"), ("text", "sound"), ("class", "kind")])
+
+
+def test_a_damaged_store_of_an_evaluation_is_made_anew_by_the_same_command(
+    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(folder)
+    options = ("--modality", "audio", "--label", "kind")
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 0
+    (store,) = (folder.parent / "out" / "stores").glob("clap-audio-*")
+    for damaged in (store / "shard-00000.safetensors", store / "manifest.json"):
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[: len(content) // 2])
+        assert run(tiny_model, folder, "table", *options, data="table.csv") == 1
+        assert f"delete {store} and run this command again." in capsys.readouterr().err
+        damaged.write_bytes(content)
+    shutil.rmtree(store)
+    assert run(tiny_model, folder, "table", *options, data="table.csv") == 0
 
 
 @pytest.mark.parametrize(
