@@ -48,7 +48,7 @@ def _part(tables: Sequence[Table], variant: Variant) -> str:
         word = "unlike what the paper says, the part does harm somewhere here"
     else:
         word = "the paper says that the part helps; here it does in one case and not in the other"
-    return f"{_capital(variant.name)}: {figures} of mean mAP; {word}."
+    return f"{_capital(variant.name)}: mean mAP {figures}; {word}."
 
 
 def _group(tables: Sequence[Table], group: str) -> str:

@@ -186,7 +186,7 @@ def test_the_sentences_say_what_the_figures_do() -> None:
     table = table_of({"without noise": [-0.2, -0.22, -0.18], "without gap": [0.01, -0.01, 0.0]})
     found = conclusions([table])
     parts = found["What each part of the method earns"]
-    assert parts[0].startswith("Without noise: -0.200") and "as the paper says, the part helps" in parts[0]
+    assert parts[0].startswith("Without noise: mean mAP -0.200") and "as the paper says, the part helps" in parts[0]
     assert "no difference can be told here" in parts[1]
     assert "posterior matching (0.500)" in found["Against ways without a connector"][0]
     assert "Which objective" not in found
