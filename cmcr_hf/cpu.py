@@ -6,9 +6,9 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 
 import torch
 
@@ -64,7 +64,9 @@ def pool(threads: int, cores: int = 1) -> Iterator[ThreadPoolExecutor]:
 
     def start() -> None:
         torch.set_num_threads(cores)
-        started.wait()
+        # Broken where the one who starts them was interrupted, which is told there.
+        with suppress(BrokenBarrierError):
+            started.wait()
 
     with ThreadPoolExecutor(threads, initializer=start) as executor:
         for _ in range(threads):
