@@ -211,13 +211,16 @@ def _half(keys: Sequence[str], bit: int) -> list[int]:
     return [row for row, key in enumerate(keys) if hashlib.sha256(key.encode()).digest()[0] & 1 == bit]
 
 
-def part_of(items: RetrievalSet, rows: tuple[Sequence[int], Sequence[int]]) -> RetrievalSet:
-    """Return some rows of the query side and some of the gallery's, with all banks and names."""
-    sides = [
-        replace(side, embeds=side.embeds[list(own)], labels=[side.labels[row] for row in own])
-        for side, own in zip((items.query, items.gallery), rows, strict=True)
-    ]
-    return replace(items, query=sides[0], gallery=sides[1])
+def parts_of(items: RetrievalSet, halves: dict[str, tuple[Sequence[int], Sequence[int]]]) -> dict[str, RetrievalSet]:
+    """Return the whole and its halves, of which each has its rows of both sides, and all banks and names."""
+    parts = {WHOLE: items}
+    for name, rows in halves.items():
+        query, gallery = (
+            replace(side, embeds=side.embeds[list(own)], labels=[side.labels[row] for row in own])
+            for side, own in zip((items.query, items.gallery), rows, strict=True)
+        )
+        parts[name] = replace(items, query=query, gallery=gallery)
+    return parts
 
 
 class Source:
@@ -318,7 +321,7 @@ def connect(run: Run, folder: Path) -> dict[str, Metrics]:
         query_bank=embeds["clap_text"],
         gallery_bank=embeds["clip_text"],
     )
-    parts = {WHOLE: held_back, **{name: part_of(held_back, rows) for name, rows in words["halves"].items()}}
+    parts = parts_of(held_back, words["halves"])
     return {name: connector_metrics(connector, [part]) for name, part in parts.items()}
 
 
@@ -347,8 +350,7 @@ def experiment(
     process itself.
     """
     items = embeddings.items
-    parts = {WHOLE: items, **{name: part_of(items, rows) for name, rows in embeddings.halves.items()}}
-    tables = {name: _free_metrics(part) for name, part in parts.items()}
+    tables = {name: _free_metrics(part) for name, part in parts_of(items, embeddings.halves).items()}
     audio, image = items.query, items.gallery
     runs = [Run(name, seed, objective=how) for how in objectives for name in texts for seed in range(seeds)]
     if "names" in texts:

@@ -99,14 +99,13 @@ def _bridges(table: Table) -> list[str]:
 
 
 def _objectives(table: Table) -> list[str]:
-    rows = {variant: runs for variant, runs in table.runs.items() if variant.group == OBJECTIVES}
-    rows |= {variant: runs for variant, runs in table.runs.items() if variant.name == FULL}
+    rows = {variant.name: runs for variant, runs in table.runs.items() if variant.group == OBJECTIVES}
+    rows |= {variant.name: runs for variant, runs in table.runs.items() if variant.name == FULL}
     if len(rows) < 2:
         return []
-    means = {variant.name: statistics.fmean(map(mean_map, runs)) for variant, runs in rows.items()}
+    means = {name: statistics.fmean(map(mean_map, runs)) for name, runs in rows.items()}
     best = max(means, key=lambda name: means[name])
-    of_name = {variant.name: runs for variant, runs in rows.items()}
-    level = [name for name in means if effect_between(of_name[best], of_name[name]).verdict == "none" and name != best]
+    level = [name for name in means if effect_between(rows[best], rows[name]).verdict == "none" and name != best]
     others = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if name not in (best, *level))
     text = f"With {table.title}, {best} is best: {means[best]:.3f}"
     if level:
@@ -114,8 +113,7 @@ def _objectives(table: Table) -> list[str]:
         text += " and ".join(f"{name} ({means[name]:.3f})" for name in level)
     share = ""
     if "closed cascade" in table.free:
-        runs = next(runs for variant, runs in rows.items() if variant.name == best)
-        mean, _ = mean_and_spread(runs)
+        mean, _ = mean_and_spread(rows[best])
         shares = [f"{mean[way]['mAP'] / part['mAP']:.2f}" for way, part in table.free["closed cascade"].items()]
         share = f" That is {' and '.join(shares)} of the closed cascade's mAP."
     return [f"{text}{f' (the others: {others})' if others else ''}.{share}"]

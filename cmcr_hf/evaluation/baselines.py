@@ -17,8 +17,8 @@ from ..modeling.losses_cmcr import symmetric_info_nce
 
 # Chosen without pairs: between the 0.01 of C-MCR's semantic consistency and the width of a posterior match.
 BRIDGE_TEMPERATURE = 0.03
-# Found with small encoders of 128 dimensions. A CLIP ViT-B/32 wants about 0.02: `choose_temperatures` of
-# cmcr_hf.training.posteriors finds what fits.
+# Found with small encoders of 128 dimensions; `choose_temperatures` of cmcr_hf.training.posteriors chooses others
+# where the memories are at hand.
 POSTERIOR_TEMPERATURE = 0.06
 
 # Names of those that only need the bank.

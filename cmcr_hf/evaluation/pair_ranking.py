@@ -344,7 +344,7 @@ def measure_rankings(
             for suffix, rows in values.items():
                 ranked.metrics[method][direction + suffix] = _summary(rows)
         if data.pairs is not None:
-            there, back = (_summary(side[""]) for side in sides)
+            there, back = (ranked.metrics[method][direction] for direction in directions)
             names = [name for name in there if name in back and name != "median rank"]
             ranked.metrics[method][MEAN] = {name: (there[name] + back[name]) / 2 for name in names}
     groups = len(scorers) * sum(map(len, found[MODEL]))
