@@ -4,7 +4,7 @@ BIN := .venv/bin
 FOLDERS := $(wildcard cmcr_hf tests benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-parity matrix lint format bench wheel clean
+.PHONY: help demo test test-slow test-gpu test-parity matrix lint format bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,10 @@ test: .venv/.installed ## run the fast tests
 
 test-slow: .venv/.installed test-parity ## run the slow tests, and only these
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: .venv/.installed ## run the fast tests of what computes as on a GPU, which is simulated
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --simulated-gpu \
+		tests/modeling tests/training tests/evaluation tests/search tests/test_connect.py tests/test_connect_ulip.py
 
 test-parity: .parity/.installed ## compare with open_clip and laion_clap, live in an environment of their own
 	OMP_NUM_THREADS=1 CMCR_PARITY_FIGURES=tests/parity .parity/bin/python -m pytest -q -m slow tests/parity

@@ -10,6 +10,7 @@ import cmcr_hf  # noqa: F401
 
 # isort: split
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -30,6 +31,7 @@ from transformers import (
 
 from cmcr_hf import CMCRModel, CMCRProcessor, UlipConfig, UlipModel
 from tests.hub_server import WRITER, LocalHub
+from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 # The models under test are so small that a second thread costs more in handing over than it computes.
 torch.set_num_threads(1)
@@ -38,6 +40,30 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simulated-gpu", action="store_true", help="run everything as on a GPU, the CPU computing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("simulated_gpu"):
+        for item in items:
+            if "cpu_alone" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="of the CPU alone"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _everything_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    with simulated_gpu() if request.config.getoption("simulated_gpu") else nullcontext():
+        yield
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[SimulatedGpu]:
+    """A simulated GPU, which the test has to name as the device or to leave to the default."""
+    with simulated_gpu() as gpu:
+        yield gpu
 
 
 @pytest.fixture

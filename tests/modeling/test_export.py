@@ -39,6 +39,7 @@ def test_a_compiled_model_gives_the_same_numbers_for_any_number_of_rows(model):
             assert_close(compiled(**inputs(rows)), model(**inputs(rows)))
 
 
+@pytest.mark.cpu_alone
 @pytest.mark.parametrize("modality", ["image", "text", "audio"])
 def test_compiled_features_are_one_graph(model, modality):
     given = {"image": inputs()["pixel_values"], "text": IDS, "audio": inputs()["input_features"]}[modality]

@@ -185,6 +185,7 @@ def test_seeded_noise_is_a_function_of_the_seed_and_the_name_of_the_embeddings()
     assert (first["clip_text"] != embeds(1, 2, 4)["clip_text"]).all()
 
 
+@pytest.mark.cpu_alone
 def test_a_compiled_connector_is_not_compiled_anew_for_every_seed():
     torch.compiler.reset()
     connector, graphs = small_connector(noise_norm=0.5).train(), []

@@ -34,7 +34,7 @@ def pictures(tmp_path):
 def test_a_folder_becomes_a_store_and_bad_files_are_listed(pictures, tiny_clip, tmp_path, capsys):
     (pictures / "2.png").write_bytes(b"no image")
     options = ["--source", tiny_clip, "--space", "clip", "--modality", "image", "--output", tmp_path / "store"]
-    assert run("--data", pictures, *options) == 0
+    assert run("--data", pictures, *options, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert f"4 rows of 24 in {tmp_path / 'store'}, 1 unreadable, listed in" in printed
     assert printed.startswith("CPU: 1 threads, float32 products as ")
