@@ -114,7 +114,14 @@ def test_a_stopped_retraining_leaves_no_process_behind_and_the_folder_as_it_was(
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text("former", encoding="utf-8")
     command = [sys.executable, "-m", "cmcr_hf.cli", "demo", "--retrain", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+
+    def hear_interrupts() -> None:
+        # A job in the background of a shell ignores them, and so would its processes.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=hear_interrupts
+    ) as process:
         assert process.stderr is not None
         seen = b""
         while b"Drawing" not in seen or b"Synthesising" not in seen:
