@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -140,11 +140,16 @@ def _umask() -> int:
 
 
 def _finish(folder: Path) -> None:
-    """Give safetensors files the permissions of the others, which are for their owner alone, and bring all to disk."""
-    usual = 0o666 & ~_umask()
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(usual)
+    """Give the files of a folder that was just written their usual permissions, and bring all of it to the disk."""
+    give_usual_permissions(folder.rglob("*.safetensors"))
     sync_tree(folder)
+
+
+def give_usual_permissions(paths: Iterable[Path]) -> None:
+    """Give files the permissions of any other new file: safetensors writes its own for their owner alone."""
+    usual = 0o666 & ~_umask()
+    for path in paths:
+        path.chmod(usual)
 
 
 def _old_path(folder: Path) -> Path:
@@ -187,8 +192,8 @@ def _sync(descriptor: int) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Make a folder durable and record the sha256 of its files in it: the last step of writing it."""
-    sync_tree(folder)
+    """Finish a folder and record the sha256 of its files in it: the last step of writing it."""
+    _finish(folder)
     own = (folder / CHECKSUMS, temporary_path(folder / CHECKSUMS))
     paths = [path for path in folder.rglob("*") if path.is_file() and path not in own]
     checksums = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}

@@ -156,6 +156,11 @@ def test_the_table_measures_the_connector_that_was_saved(finished):
     assert finished.sets[0].query.labels == [kind for kind in sorted(KINDS) for _ in range(2)]
 
 
+def test_the_weights_of_a_run_can_be_read_by_whom_its_configurations_can(finished):
+    modes = {path.stat().st_mode for path in finished.folder.rglob("*") if path.is_file()}
+    assert modes == {(finished.folder / "model" / "config.json").stat().st_mode}
+
+
 def test_model_and_connector_folders_load_and_embed_alike(finished, data):
     folder = finished.folder
     model = CMCRModel.from_pretrained(folder / "model")
