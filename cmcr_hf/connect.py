@@ -25,12 +25,16 @@ from .durable import locked, named_write_errors, temporary_path, verify_checksum
 from .evaluation.classification import class_embeds
 from .evaluation.connection import (
     ROWS,
+    Differences,
     Metrics,
     RetrievalSet,
     Side,
-    baseline_metrics,
+    baseline_values,
     check_classes,
-    connector_metrics,
+    connector_values,
+    differences,
+    means,
+    sets_chance,
 )
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
@@ -66,6 +70,7 @@ class Connection:
 
     Args:
         sets: what was measured, the retrieval that the page shows first; empty where the recipe does not evaluate.
+        differences: of what needs no training from the connection in the table (see `differences`), for the page.
         media: behind the rows of the sets, by modality; the value of what is neither a file nor a text is None.
         data: the recipe's training data, as rows of `name`, `role`, `rows`, `licence`.
         pools: of each bridge, by the space it connects CLIP with, the row-aligned stores of its training by the
@@ -78,6 +83,7 @@ class Connection:
     sets: list[RetrievalSet]
     media: dict[str, list[Item]]
     table: dict[str, Metrics] | None
+    differences: Differences
     data: list[dict[str, Any]]
     pools: dict[str, dict[str, list[EmbeddingStore]]]
 
@@ -116,6 +122,7 @@ class Connection:
             self.media,
             table,
             spread=spread,
+            differences=self.differences,
             data=[*self.data, *tests],
             histories=histories,
             command=command,
@@ -289,7 +296,7 @@ def connect(
             kept = "kept, in " if save(model, processor, folder) else ""
             done(f"{kept}{folder / 'model'} (everything) and {folder / 'connector'} (projectors alone)")
         sets: list[RetrievalSet] = []
-        table = None
+        table, apart = None, {}
         if not held_back:
             remove_evaluation(folder / "evaluation.json")
             remove_page(folder / REPORT)
@@ -305,14 +312,17 @@ def connect(
             }
             sets = _retrieval_sets(bridges, native, sides, names, held_back.get("names"))
             with _stage("evaluate", report) as done:
-                table = {**baseline_metrics(sets), ROWS[recipe.objective]: connector_metrics(model.connector, sets)}
+                baselines, own = baseline_values(sets), connector_values(model.connector, sets)
+                values = {**baselines, ROWS[recipe.objective]: own}
+                table = {"chance": sets_chance(sets), **{name: means(rows) for name, rows in values.items()}}
+                apart = differences(baselines, own)
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
                 counts = [f"{len(items)} {NOUNS[modality]}" for modality, items in media.items()]
                 done(f"{' x '.join(counts)} in {folder / 'evaluation.json'}")
         command = command or _command(recipe)
         entries = data_entries(recipe, data, given, data_root)
         write_cards(folder, connection_card(recipe, model.config, entries, table, command), report)
-        connection = Connection(recipe, folder, model, sets, media, table, entries, pools)
+        connection = Connection(recipe, folder, model, sets, media, table, apart, entries, pools)
         if table is not None:
             with _stage("report", report) as done:
                 done(str(connection.write_report(table, command=command)))

@@ -9,8 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -68,37 +68,56 @@ def temporary_path(path: Path) -> Path:
 def write_durably(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Replace a file so that a kill or a power failure leaves the old bytes or the new ones.
 
+    If writing fails, what was written is removed: on a full disk, it takes space that is to be freed.
+
     Args:
         temporary: written first, beside the file; one of the process's own where several may write the file at a time.
     """
     temporary = temporary or temporary_path(path)
     with named_write_errors(path.parent):
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                _sync(file.fileno())
+            os.replace(temporary, path)
+        except (Exception, KeyboardInterrupt):
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
 
 
-def clear_replacement(folder: Path) -> None:
-    """Remove what a killed replacement of a folder left; one between its two renames gives the old folder back."""
+@contextmanager
+def replacement(folder: Path) -> Iterator[Path]:
+    """Give a name to write a folder to, which takes the place of `folder` when the context ends without an error.
+
+    Otherwise the folder is as it was, and what was written is removed; what a kill leaves, the next replacement
+    removes.
+    """
+    with named_write_errors(folder.parent):
+        _clear_replacement(folder)
+        new, old = temporary_path(folder), _old_path(folder)
+        try:
+            yield new
+            _finish(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except (Exception, KeyboardInterrupt):
+            _clear_replacement(folder)
+            raise
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_replacement(folder: Path) -> None:
+    """Remove what a replacement of a folder left; one between its two renames gives the old folder back."""
     old = _old_path(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in (temporary_path(folder), old):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def replace_folder(folder: Path) -> None:
-    """Put what was written to `temporary_path(folder)` in place of a folder or of none, durably."""
-    new, old = temporary_path(folder), _old_path(folder)
-    _finish(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -140,11 +159,16 @@ def _umask() -> int:
 
 
 def _finish(folder: Path) -> None:
-    """Give safetensors files the permissions of the others, which are for their owner alone, and bring all to disk."""
-    usual = 0o666 & ~_umask()
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(usual)
+    """Give the files of a folder that was just written their usual permissions, and bring all of it to the disk."""
+    give_usual_permissions(folder.rglob("*.safetensors"))
     sync_tree(folder)
+
+
+def give_usual_permissions(paths: Iterable[Path]) -> None:
+    """Give files the permissions of any other new file: safetensors writes its own for their owner alone."""
+    usual = 0o666 & ~_umask()
+    for path in paths:
+        path.chmod(usual)
 
 
 def _old_path(folder: Path) -> Path:
@@ -187,8 +211,8 @@ def _sync(descriptor: int) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Make a folder durable and record the sha256 of its files in it: the last step of writing it."""
-    sync_tree(folder)
+    """Finish a folder and record the sha256 of its files in it: the last step of writing it."""
+    _finish(folder)
     own = (folder / CHECKSUMS, temporary_path(folder / CHECKSUMS))
     paths = [path for path in folder.rglob("*") if path.is_file() and path not in own]
     checksums = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}

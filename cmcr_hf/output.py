@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .durable import clear_replacement, replace_folder, sha256, temporary_path, write_durably
+from .durable import replacement, sha256, write_durably
 
 if TYPE_CHECKING:
     import torch
@@ -98,17 +98,15 @@ def save(model: CMCRModel, processor: CMCRProcessor, folder: Path) -> bool:
     write_json(state, {**saved, "connector": None})
     written: dict[str, str | None] = {}
     for name, part in zip(PARTS, (model.connector, model), strict=True):
-        temporary = temporary_path(folder / name)
-        clear_replacement(folder / name)
-        part.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        written |= {f"{name}/{path.relative_to(temporary).as_posix()}": _sha256(path) for path in paths}
-        if (folder / name).exists():
-            card = f"{name}/{CARD}"
-            edited = _sha256(folder / card) != saved.get("cards", {}).get(name)
-            _copy_others(folder / name, temporary, {*files} if edited else {*files, card})
-        replace_folder(folder / name)
+        with replacement(folder / name) as temporary:
+            part.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+            paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+            written |= {f"{name}/{path.relative_to(temporary).as_posix()}": _sha256(path) for path in paths}
+            if (folder / name).exists():
+                card = f"{name}/{CARD}"
+                edited = _sha256(folder / card) != saved.get("cards", {}).get(name)
+                _copy_others(folder / name, temporary, {*files} if edited else {*files, card})
     write_json(state, {**key, "files": written, "cards": {}})
     return False
 

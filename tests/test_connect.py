@@ -17,7 +17,9 @@ from cmcr_hf import output
 from cmcr_hf.connect import connect
 from cmcr_hf.conversion.push_store import push_store
 from cmcr_hf.durable import locked
-from cmcr_hf.evaluation.connection import connector_metrics
+from cmcr_hf.evaluation.bootstrap import bootstrap_means
+from cmcr_hf.evaluation.connection import baseline_values, connector_metrics
+from cmcr_hf.evaluation.retrieval import label_values
 from cmcr_hf.modeling.modeling_cmcr import CMCRConnector, CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.output import write_json
@@ -156,6 +158,29 @@ def test_the_table_measures_the_connector_that_was_saved(finished):
     assert finished.sets[0].query.labels == [kind for kind in sorted(KINDS) for _ in range(2)]
 
 
+def test_the_weights_of_a_run_can_be_read_by_whom_its_configurations_can(finished):
+    modes = {path.stat().st_mode for path in finished.folder.rglob("*") if path.is_file()}
+    assert modes == {(finished.folder / "model" / "config.json").stat().st_mode}
+
+
+def test_the_page_says_which_method_ranks_better_by_the_test_of_an_evaluation(finished):
+    side = finished.sets[0].query
+    projected = [
+        finished.model.connector.project(part.embeds, part.space, part.modality)
+        for part in (side, finished.sets[0].gallery)
+    ]
+    own = label_values((projected[0] @ projected[1].T).detach(), side.labels, finished.sets[0].gallery.labels, (1,))
+    bridge = baseline_values(finished.sets)["one-way bridge"]["audio_to_image"]["mAP"]
+    expected = bootstrap_means({"mAP": bridge - own["mAP"]})["mAP"]
+    assert finished.differences["audio_to_image"]["one-way bridge"] == pytest.approx(expected)
+    page = " ".join((finished.folder / "report.html").read_text().split()).replace("\N{MINUS SIGN}", "-")
+    leads = re.findall(r"its lead: ([-\d.]+) to ([-\d.]+), a 95 % interval", page)
+    orders = re.findall(r"<strong>(above|below|level with)</strong> the best training-free", page)
+    assert len(leads) == len(orders) == 2
+    for (low, high), order in zip(leads, orders, strict=True):
+        assert order == ("above" if high.startswith("-") else "level with" if low.startswith("-") else "below")
+
+
 def test_model_and_connector_folders_load_and_embed_alike(finished, data):
     folder = finished.folder
     model = CMCRModel.from_pretrained(folder / "model")
@@ -208,7 +233,7 @@ STOPS = {
     "connector folder": (CMCRProcessor, "save_pretrained", 0),
     "model folder": (CMCRProcessor, "save_pretrained", 1),
     "evaluation store": (embedding, "encode_features", 5),
-    "evaluation": (walk, "baseline_metrics", 0),
+    "evaluation": (walk, "baseline_values", 0),
     "record of the saved folders": (output, "write_json", 1),
     "evaluation file": (walk, "write_json", 3),
     "page": (walk, "write_report", 0),

@@ -13,6 +13,7 @@ from cmcr_hf.durable import (
     locked,
     named_write_errors,
     new_folder,
+    replacement,
     sync_folder,
     sync_tree,
     verify_checksums,
@@ -38,16 +39,49 @@ def test_a_file_is_replaced_whole_and_leaves_no_temporary_one(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new"}
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def fill_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch, step):
     write_durably(tmp_path / "file", b"old")
-
-    def fail(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, step, fill_disk)
     with pytest.raises(WriteError, match=f"Cannot write to {tmp_path}: No space left on device. Free space and run"):
         write_durably(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for data in (b"old", b"new"):
+        with replacement(tmp_path / "folder") as folder:
+            folder.mkdir()
+            (folder / "file").write_bytes(data)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_a_failed_replacement_of_a_folder_leaves_the_old_one_and_nothing_beside_it(tmp_path, monkeypatch, call):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(b"old")
+    rename, renames = os.rename, []
+
+    def renaming(*paths):
+        renames.append(paths)
+        if len(renames) - 1 == call:
+            fill_disk()
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", renaming)
+    with (
+        pytest.raises(WriteError, match=f"Cannot write to {tmp_path}: No space left on device"),
+        replacement(tmp_path / "folder") as folder,
+    ):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmcr_hf import CMCRModel, CMCRProcessor
+from cmcr_hf.durable import WriteError
 from cmcr_hf.output import save, write_cards
 
 
@@ -36,6 +38,23 @@ def content(folder):
 def test_the_weights_can_be_read_by_whom_the_configuration_can(saved):
     modes = [(saved / "model" / name).stat().st_mode for name in ("model.safetensors", "config.json")]
     assert modes[0] == modes[1]
+
+
+def test_a_full_disk_leaves_the_saved_folders_and_nothing_half_written(parts, copy, monkeypatch):
+    (copy / "model" / "config.json").unlink()
+    before = content(copy)
+
+    def fill_disk(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(parts[1]), "save_pretrained", fill_disk)
+    with pytest.raises(WriteError, match="No space left on device"):
+        save(*parts, copy)
+    after = content(copy)
+    # Which says meanwhile that a run saved the folders.
+    assert before.pop("saved.json") != after.pop("saved.json")
+    assert after == before
+    assert sorted(path.name for path in copy.iterdir()) == ["connector", "model", "saved.json"]
 
 
 class Killed(BaseException):

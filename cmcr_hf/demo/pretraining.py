@@ -24,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from ..durable import clear_replacement, named_write_errors, replace_folder, temporary_path, write_durably
+from ..durable import replacement, write_durably
 from ..evaluation.retrieval import chance, label_retrieval
 from .drawing import IMAGE_SIZE
 from .world import stream
@@ -366,13 +366,8 @@ def _info_nce(logits: torch.Tensor, captions: list[str]) -> torch.Tensor:
 
 
 def save(folder: Path, model: Any, *processors: Any) -> None:
-    """Write a model as float16, and its processors.
-
-    They are written under a temporary name first, so that the folder is whole or as it was.
-    """
-    new = temporary_path(folder)
-    clear_replacement(folder)
-    with named_write_errors(folder.parent):
+    """Write a model as float16, and its processors, so that the folder is whole or as it was."""
+    with replacement(folder) as new:
         for part in (model.half(), *processors):
             part.save_pretrained(new)
         # What comes with this package needs no copy of its code.
@@ -381,7 +376,6 @@ def save(folder: Path, model: Any, *processors: Any) -> None:
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        replace_folder(folder)
 
 
 def write_figures(output: Path, figures: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import soundfile
 from PIL import Image
 from tqdm import tqdm
 
-from ..durable import clear_replacement, locked, named_write_errors, replace_folder, temporary_path
+from ..durable import locked, replacement
 from .captions import concept_phrase, text
 from .concepts import CONCEPTS
 from .drawing import draw
@@ -135,20 +134,14 @@ def _is_there(folder: Path, description: dict[str, object]) -> bool:
 
 
 def _write(folder: Path, description: dict[str, object], write_items: Callable[[Path], None]) -> None:
-    new = temporary_path(folder)
-    clear_replacement(folder)
-    try:
-        with named_write_errors(folder.parent):
-            write_items(new)
-            (new / _MARKER).write_bytes(_described(description).encode())
-            digest = hashlib.sha256(_described(description).encode()).hexdigest()
-            time = _EPOCH + int(digest[:6], 16)
-            for path in new.rglob("*.*"):
-                os.utime(path, (time, time))
-            # Behind it the marker vouches for files on the disk.
-            replace_folder(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    # Behind it the marker vouches for files on the disk.
+    with replacement(folder) as new:
+        write_items(new)
+        (new / _MARKER).write_bytes(_described(description).encode())
+        digest = hashlib.sha256(_described(description).encode()).hexdigest()
+        time = _EPOCH + int(digest[:6], 16)
+        for path in new.rglob("*.*"):
+            os.utime(path, (time, time))
 
 
 def _described(description: dict[str, object]) -> str:

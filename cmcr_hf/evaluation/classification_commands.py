@@ -134,10 +134,9 @@ def _classification(arguments: argparse.Namespace) -> None:
 
 def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
     """Open the data of a command; ValueError says what it lacks."""
-    from ..training.data import Items
     from ..training.embed_command import data_entry
     from ..training.recipe import DataSpec
-    from .labelled import label_items, load_audioset, load_esc50, load_imagenet, read_words
+    from .labelled import items_and_whole, label_items, load_audioset, load_esc50, load_imagenet, read_words
     from .modelnet40 import load_modelnet40
     from .pairs import rooted
 
@@ -169,8 +168,4 @@ def _labelled_set(arguments: argparse.Namespace) -> LabelledSet:
     if spec.dataset is not None:
         root, name = rooted(spec.dataset)
         spec = replace(spec, dataset=name)
-    items = Items([spec], arguments.modality, root, strict=False)
-    # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
-    whole = replace(spec, limit=None)
-    every = None if spec.dataset is not None else Items([whole], arguments.modality, Path(), strict=False)
-    return label_items(Path(arguments.data).name, items, words, every=every)
+    return label_items(Path(arguments.data).name, *items_and_whole(spec, arguments.modality, root), words)

@@ -87,7 +87,7 @@ def evaluated_model(
     device = usable_device(arguments.device)
     if check is not None:
         check(load_config(arguments.model, modalities))
-    with locked(arguments.output), tuned(device, quiet=True), _own_remedy(arguments.output):
+    with locked(arguments.output), tuned(device, quiet=True):
         yield EvaluatedModel(
             arguments.model,
             arguments.output,
@@ -95,18 +95,6 @@ def evaluated_model(
             device=device,
             batch_size=arguments.batch_size,
         )
-
-
-@contextmanager
-def _own_remedy(folder: Path) -> Iterator[None]:
-    """Say of a damaged store of the evaluation's own that this command makes it anew, not `cmcr embed`."""
-    try:
-        yield
-    except ValueError as error:
-        told = str(error)
-        if "run embed again" not in told or str(folder / "stores") not in told:
-            raise
-        raise ValueError(told.replace("run embed again", "run this command again")) from error
 
 
 def run_settings(arguments: argparse.Namespace, resampled: str, **more: Any) -> dict[str, Any]:

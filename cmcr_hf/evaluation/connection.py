@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..modeling.modeling_cmcr import CMCRConnector
-from .baselines import baseline_scores, linear_map, two_hop_scores
-from .classification import top_k_accuracy
-from .retrieval import chance, label_retrieval
+from .baselines import TRAINING_FREE, baseline_scores, linear_map, two_hop_scores
+from .bootstrap import bootstrap_means
+from .classification import top_k_hits
+from .retrieval import chance, label_values
 
 # By direction, such as {"audio_to_image": {"P@1": ...}, "image_to_audio": {...}}
 Metrics = dict[str, dict[str, float]]
+# By direction and metric what the metric is the mean of, a number a query.
+Values = dict[str, dict[str, torch.Tensor]]
+# By direction and method (low, high).
+Differences = dict[str, dict[str, tuple[float, float]]]
 CLASSIFICATION = "zero-shot classification"
 # The name of a connection's row in a table, by its objective.
 ROWS = {"c-mcr": "C-MCR", "ex-mcr": "Ex-MCR", "bridge-distillation": "bridge distillation"}
@@ -60,10 +65,15 @@ class RetrievalSet:
 
     def metrics(self, there: torch.Tensor, back: torch.Tensor) -> Metrics:
         """Return the metrics of `(query, gallery)` and `(gallery, query)` scores."""
+        return means(self.values(there, back))
+
+    def values(self, there: torch.Tensor, back: torch.Tensor) -> Values:
+        """Return what the metrics are the means of."""
         labels = (self.query.labels, self.gallery.labels)
         if self.classify:
-            return {CLASSIFICATION: top_k_accuracy(there, [labels[1].index(label) for label in labels[0]], self._ks)}
-        return retrieval_metrics(there, back, *labels, (self.query.modality, self.gallery.modality))
+            hits = top_k_hits(there, [labels[1].index(label) for label in labels[0]], self._ks)
+            return {CLASSIFICATION: {name: rows.cpu() for name, rows in hits.items()}}
+        return _retrieval_values(there, back, *labels, (self.query.modality, self.gallery.modality))
 
     def chance(self) -> Metrics:
         """Return what a random ranking gives on average."""
@@ -102,11 +112,29 @@ def retrieval_metrics(
     modalities: tuple[str, str] = ("audio", "image"),
 ) -> Metrics:
     """Return P@1, P@10 and mAP of both directions from `(query, gallery)` and `(gallery, query)` scores."""
+    return means(_retrieval_values(there, back, query_labels, gallery_labels, modalities))
+
+
+def _retrieval_values(
+    there: torch.Tensor,
+    back: torch.Tensor,
+    query_labels: Sequence[str],
+    gallery_labels: Sequence[str],
+    modalities: tuple[str, str],
+) -> Values:
     check_classes(query_labels, gallery_labels, modalities)
     ks = _cut_offs(query_labels, gallery_labels)
     return {
-        "_to_".join(modalities): label_retrieval(there, query_labels, gallery_labels, ks),
-        "_to_".join(modalities[::-1]): label_retrieval(back, gallery_labels, query_labels, ks),
+        "_to_".join(modalities): label_values(there, query_labels, gallery_labels, ks),
+        "_to_".join(modalities[::-1]): label_values(back, gallery_labels, query_labels, ks),
+    }
+
+
+def means(values: Values) -> Metrics:
+    """Return metrics from the values of the queries."""
+    return {
+        direction: {name: rows.mean().item() for name, rows in metrics.items()}
+        for direction, metrics in values.items()
     }
 
 
@@ -126,9 +154,19 @@ def _cut_offs(query_labels: Sequence[str], gallery_labels: Sequence[str]) -> tup
     return tuple(k for k in (1, 10) if k <= min(len(query_labels), len(gallery_labels)))
 
 
+def sets_chance(sets: Sequence[RetrievalSet]) -> Metrics:
+    """Return what a random ranking gives on average on all sets."""
+    return {direction: metrics for part in sets for direction, metrics in part.chance().items()}
+
+
 def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
     """Return the metrics of chance and of every baseline (see `baseline_scores`) on all sets, by name."""
-    table: dict[str, Metrics] = {"chance": {}}
+    return {"chance": sets_chance(sets), **{name: means(values) for name, values in baseline_values(sets).items()}}
+
+
+def baseline_values(sets: Sequence[RetrievalSet]) -> dict[str, Values]:
+    """Return what the metrics of every baseline on all sets are the means of, by name."""
+    found: dict[str, Values] = {}
     fitted: dict[tuple[int, int], torch.nn.Linear] = {}
 
     def linear(bank: torch.Tensor, other: torch.Tensor) -> torch.nn.Linear:
@@ -139,7 +177,6 @@ def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
         return fitted[key]
 
     for part in sets:
-        table["chance"] |= part.chance()
         names = (part.query_names, part.gallery_names)
         if part.between is None:
             banks = (part.query_bank, part.gallery_bank)
@@ -149,22 +186,47 @@ def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
             layers = (linear(*first), linear(*second[::-1]))
             scores = two_hop_scores(part.query.embeds, first, second, part.gallery.embeds, *names, linear=layers)
         for name, (there, back) in scores.items():
-            table.setdefault(name, {}).update(part.metrics(there, back))
-    return table
+            found.setdefault(name, {}).update(part.values(there, back))
+    return found
+
+
+def connector_metrics(connector: CMCRConnector, sets: Sequence[RetrievalSet]) -> Metrics:
+    """Return the metrics of a trained connector on all sets: both sides projected, compared by cosine."""
+    return means(connector_values(connector, sets))
 
 
 @torch.no_grad()
-def connector_metrics(connector: CMCRConnector, sets: Sequence[RetrievalSet]) -> Metrics:
-    """Return the metrics of a trained connector on all sets: both sides projected, compared by cosine."""
-    metrics: Metrics = {}
+def connector_values(connector: CMCRConnector, sets: Sequence[RetrievalSet]) -> Values:
+    """Return what the metrics of a trained connector on all sets are the means of."""
+    values: Values = {}
     for part in sets:
         query, gallery = (
             connector.project(side.embeds.to(connector.device), side.space, side.modality)
             for side in (part.query, part.gallery)
         )
         scores = query @ gallery.T
-        metrics |= part.metrics(scores, scores.T)
-    return metrics
+        values |= part.values(scores, scores.T)
+    return values
+
+
+def main_metric(direction: str) -> str:
+    """Return the metric that methods are compared by."""
+    return "top-1" if direction == CLASSIFICATION else "mAP"
+
+
+def differences(baselines: Mapping[str, Values], own: Values, *, resamples: int = 1000, seed: int = 0) -> Differences:
+    """Return the 95 % intervals of how far the mAP of what needs no training, or its top-1, is above a connection's.
+
+    They are over draws of the same queries, with the gallery as it is, as those of `cmcr evaluate retrieval`.
+    """
+    found: Differences = {}
+    for method in TRAINING_FREE:
+        for direction, metrics in baselines.get(method, {}).items():
+            metric = main_metric(direction)
+            ahead = {metric: metrics[metric] - own[direction][metric]}
+            interval = bootstrap_means(ahead, resamples=resamples, seed=seed)[metric]
+            found.setdefault(direction, {})[method] = interval
+    return found
 
 
 def mean_and_spread(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:

@@ -123,7 +123,7 @@ class EvaluatedModel:
             strict: whether an item that cannot be read is an error, or is left out of the store.
         """
         space = self.model.config.space_of(items.modality, space)
-        record = self._record(space, items.modality)
+        record = self.tower_record(space, items.modality)
         described = [record, items.fingerprint, *([] if encoder is None else [type(encoder).__name__])]
         described += [] if strict else ["readable"]
         known = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -171,7 +171,7 @@ class EvaluatedModel:
             "device": str(self.model.device),
         }
 
-    def _record(self, space: str, modality: str) -> dict[str, str]:
+    def tower_record(self, space: str, modality: str) -> dict[str, str]:
         """Describe a tower for its stores: by its weights, since a name in a model's record may lead elsewhere now."""
         if (space, modality) not in self._records:
             others = tuple(

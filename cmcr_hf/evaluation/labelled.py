@@ -109,8 +109,7 @@ def load_esc50(folder: Path, folds: Sequence[int] | None = None, *, limit: int |
         raise ValueError(f"Expected ESC-50 in the folder {str(folder)!r}. It has to hold {ESC50}.")
     where = None if folds is None else {"fold": [str(fold) for fold in folds]}
     spec = DataSpec(table=str(table), column="filename", files="audio", label="category", where=where, limit=limit)
-    every, items = (Items([replace(spec, limit=n)], "audio", folder, strict=False) for n in (None, limit))
-    found = label_items("ESC-50", items, every=every, licence="CC BY-NC 3.0")
+    found = label_items("ESC-50", *items_and_whole(spec, "audio", folder), licence="CC BY-NC 3.0")
     chosen = {*(folds or FOLDS)}
     some = None if chosen == {*FOLDS} else f"fold {' and '.join(str(fold) for fold in sorted(chosen))} of five"
     return replace(found, part=some)
@@ -197,32 +196,38 @@ def load_imagenet(folder: Path, words: Words | None = None, *, limit: int | None
     remedy = f"{str(folder)!r} has to hold {IMAGENET}."
     if words is None or not folder.is_dir():
         raise ValueError(f"Expected ImageNet. {remedy}")
-    every, items = (
-        Items([DataSpec(folder=str(folder), label="parent", limit=n)], "image", Path(), strict=False)
-        for n in (None, limit)
-    )
-    return label_items("ImageNet", items, words, every=every, remedy=remedy, licence="research only")
+    items, every = items_and_whole(DataSpec(folder=str(folder), label="parent", limit=limit), "image", Path())
+    return label_items("ImageNet", items, every, words, remedy=remedy, licence="research only")
 
 
 def _mapping_paths(folder: Path) -> list[Path]:
     return [place / "LOC_synset_mapping.txt" for place in (folder, folder.absolute().parent)]
 
 
+def items_and_whole(spec: DataSpec, modality: str, root: Path) -> tuple[Items, Items | None]:
+    """List the items of an entry, and, where it has a limit, those without it, which the classes are of."""
+    items = Items([spec], modality, root, strict=False)
+    # A data set that is streamed is read no further than it has to be: its classes are those of what is taken.
+    if spec.limit is None or spec.dataset is not None:
+        return items, None
+    return items, Items([replace(spec, limit=None)], modality, root, strict=False)
+
+
 def label_items(
     name: str,
     items: Items,
+    every: Items | None = None,
     words: Words | None = None,
     *,
-    every: Items | None = None,
     remedy: str = "Add it to --names.",
     licence: str | None = None,
 ) -> LabelledSet:
     """Return items that each have one class, their label; the classes are those that occur, sorted.
 
     Args:
-        words: of every class; by default its name, with spaces for underscores.
         every: the items that the classes are of, where `items` are some of them: fewer items are told apart from no
             fewer classes.
+        words: of every class; by default its name, with spaces for underscores.
         remedy: where a class has no words.
 
     Raises:

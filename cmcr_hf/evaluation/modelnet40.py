@@ -177,11 +177,19 @@ def _read_h5(path: Path, read: Callable[[Any], np.ndarray]) -> np.ndarray:
         import h5py
     except ImportError as error:
         raise ImportError('The .h5 files of ModelNet40 need h5py: pip install "cmcr-hf[3d]"') from error
+    # The classes of its clouds are in it too: without it nobody knows what is left out.
+    remedy = "Unpack modelnet40_ply_hdf5_2048.zip anew."
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}, which the folder's lists name. {remedy}")
     try:
         with h5py.File(path, "r") as file:
             return read(file)
-    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (LookupError, OSError, RuntimeError) as error:
+        reason = f"{error.args[-1] if error.args else error!s:.120}"
         raise ValueError(
-            f"Expected data (clouds, points, 3) and label (clouds, 1) in {path}, got {error!s:.200}. Unpack "
-            "modelnet40_ply_hdf5_2048.zip anew."
+            f"Cannot read {path}: it is damaged, cut off or no HDF5 with data and label ({reason}). {remedy}"
+        ) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected data (clouds, points, 3) and label (clouds, 1) in {path}, got {error!s:.200}. {remedy}"
         ) from error

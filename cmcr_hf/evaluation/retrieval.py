@@ -33,6 +33,14 @@ def label_retrieval(
     Raises:
         ValueError: NaN scores, sizes that do not fit, or a query without any relevant gallery item.
     """
+    values = label_values(scores, query_labels, gallery_labels, ks)
+    return {name: rows.mean().item() for name, rows in values.items()}
+
+
+def label_values(
+    scores: torch.Tensor, query_labels: Labels, gallery_labels: Labels, ks: Sequence[int] = (1, 10)
+) -> dict[str, torch.Tensor]:
+    """Return what [`label_retrieval`] is the mean of, `(n_queries,)` float64 on the CPU each; errors as there."""
     check_scores(scores)
     queries, gallery = _label_codes(query_labels, gallery_labels)
     if scores.shape != (len(queries), len(gallery)):
@@ -42,13 +50,10 @@ def label_retrieval(
         )
     check_cutoffs(ks, len(gallery))
     queries, gallery = queries.to(scores.device), gallery.to(scores.device)
-    totals = {f"P@{k}": 0.0 for k in ks} | {"mAP": 0.0}
     rows = max(1, _BLOCK_ELEMENTS // len(gallery))
-    for begin in range(0, len(queries), rows):
-        block = slice(begin, begin + rows)
-        for name, values in relevance_values(scores[block], queries[block, None] == gallery, ks).items():
-            totals[name] += values.sum().item()
-    return {name: total / len(queries) for name, total in totals.items()}
+    blocks = [slice(begin, begin + rows) for begin in range(0, len(queries), rows)]
+    found = [relevance_values(scores[block], queries[block, None] == gallery, ks) for block in blocks]
+    return {name: torch.cat([values[name] for values in found]).cpu() for name in found[0]}
 
 
 def relevance_values(scores: torch.Tensor, relevant: torch.Tensor, ks: Sequence[int]) -> dict[str, torch.Tensor]:

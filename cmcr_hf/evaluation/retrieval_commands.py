@@ -79,8 +79,8 @@ def add_retrieval(tasks: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="+",
         metavar="DATA",
         help="texts (a .txt, .csv, ...: of a table, the first column, or --bank-column), or a folder of images: what "
-        "both sources embed, for the baselines that connect them without training; or what `cmcr embed` made of it, "
-        "clip=STORE clap=STORE",
+        "both sources embed, for the baselines that connect them without training; or what `cmcr embed` or an "
+        "evaluation made of it, clip=STORE clap=STORE",
     )
     parser.add_argument("--bank-column", metavar="COLUMN", help="of the bank")
     parser.add_argument(
@@ -113,11 +113,9 @@ def _retrieval(arguments: argparse.Namespace) -> None:
         raise ValueError("--bank-column goes with --bank, which is not given. Name the bank too, or leave it out.")
     bank = None if arguments.bank is None else _bank(arguments)
     modalities = set(data.modalities)
-    if isinstance(bank, Items):
-        modalities.add(bank.modality)
-    elif bank is not None and data.class_names:
-        # For the names of the classes.
-        modalities.add("text")
+    if bank is not None:
+        # Of stores, to tell whether the towers of the model made them, and for the names of the classes.
+        modalities |= {bank.modality} if isinstance(bank, Items) else {store.modality for store in bank.values()}
 
     def check(config: CMCRConfig) -> None:
         source_spaces(config, data, bank, arguments.text_space)

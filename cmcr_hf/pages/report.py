@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..evaluation.baselines import TRAINING_FREE
-from ..evaluation.connection import CLASSIFICATION, ROWS, Metrics, RetrievalSet
+from ..evaluation.connection import CLASSIFICATION, ROWS, Differences, Metrics, RetrievalSet, main_metric
 from ..modeling.modeling_cmcr import CMCRConnector
 from ..training.data import Item
 from ..training.recipe import Recipe
@@ -60,6 +60,7 @@ def write_report(
     table: Mapping[str, Metrics],
     *,
     spread: Mapping[str, Metrics] | None = None,
+    differences: Differences | None = None,
     data: Sequence[Mapping[str, Any]] = (),
     histories: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     command: str | None = None,
@@ -75,6 +76,8 @@ def write_report(
         table: metrics by method, as `baseline_metrics` and `connector_metrics` give them, with a row of the
             connection, by the name that `ROWS` gives its objective.
         spread: standard deviations of the rows that are means of several runs.
+        differences: of what needs no training from the connection, whose row may be a mean that it is among. Without
+            them, the page does not say which is better.
         data: rows of `name`, `role`, `rows`, `licence`.
         histories: Trainer's logs with the terms of the loss, by the space that is connected with CLIP.
         command: what made the results.
@@ -121,7 +124,7 @@ def write_report(
         "classified": CLASSIFICATION in directions,
         "methods": {name: tuple(part.format(bank=many["bank"]) for part in parts) for name, parts in METHODS.items()},
         "row": row,
-        "verdict": _verdict(table, spread or {}, row),
+        "verdict": _verdict(table, spread or {}, differences or {}, row),
         "tables": [_metric_table(table, spread or {}, direction) for direction in directions],
         "heat": heat_map(projected, labels, classes),
         "maps": maps(source, projected, labels, classes),
@@ -162,20 +165,25 @@ def _row(table: Mapping[str, Any], method: str) -> str | None:
     return next((name for name in table if name.split(",")[0] == method), None)
 
 
-def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics], row: str) -> list[dict[str, Any]]:
+def _verdict(
+    table: Mapping[str, Metrics], spread: Mapping[str, Metrics], differences: Differences, row: str
+) -> list[dict[str, Any]]:
     """Compare the connection's mAP, or its top-1, with the best training-free row and the null, by direction."""
     connection, null = _row(table, row), _row(table, "null")
     if connection is None:
         raise ValueError(f"Got the methods {', '.join(table)}, expected {row} among them. Pass its metrics in table=.")
     verdict = []
     for direction in table[connection]:
-        metric = "top-1" if direction == CLASSIFICATION else "mAP"
+        metric = main_metric(direction)
         rows = {name: row[direction][metric] for name, row in table.items() if direction in row}
         best = max((name for name in TRAINING_FREE if name in table), key=lambda name: rows[name])
         value, rival = rows[connection], rows[best]
         deviation = spread[connection][direction][metric] if connection in spread else None
-        # Without a spread, what three decimals cannot tell apart.
-        margin = deviation if deviation is not None else 0.0005
+        interval = differences.get(direction, {}).get(best)
+        order = None
+        if interval is not None:
+            (low, high), lead, margin = interval, rival - value, deviation or 0
+            order = "below" if low > 0 and lead > margin else "above" if high < 0 and -lead > margin else "level with"
         verdict.append(
             {
                 "direction": direction,
@@ -184,7 +192,8 @@ def _verdict(table: Mapping[str, Metrics], spread: Mapping[str, Metrics], row: s
                 "deviation": deviation,
                 "best": best,
                 "rival": rival,
-                "order": "level with" if abs(value - rival) <= margin else "above" if value > rival else "below",
+                "order": order,
+                "interval": interval,
                 "null": rows[null] if null else None,
                 "null_deviation": spread[null][direction][metric] if null is not None and null in spread else None,
                 "chance": rows["chance"],

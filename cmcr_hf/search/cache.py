@@ -224,5 +224,4 @@ def _replace(path: Path, data: bytes) -> None:
     own = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with named_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(own, data)
-        own.replace(path)
+        write_durably(path, data, own)

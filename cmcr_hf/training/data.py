@@ -332,7 +332,10 @@ class _Stream:
 
     def _cell(self, row: dict[str, Any], column: str) -> Any:
         value = row[column]
-        return self._classes[column][value] if column in self._classes and value is not None else value
+        if column not in self._classes or value is None:
+            return value
+        # The rows of a split whose classes are kept secret have -1.
+        return self._classes[column][value] if value >= 0 else None
 
     def __iter__(self) -> Iterator[Item]:
         empty = True

@@ -19,7 +19,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..durable import give_usual_permissions
 from ..modeling.modeling_cmcr import CMCRModel
 from ..modeling.processing_cmcr import CMCRProcessor
 from .data import load_table
@@ -137,6 +139,9 @@ def main(argv: list[str] | None = None) -> None:
         model.record_fingerprints(processor)
     trainer.save_model(args.output_dir)
     processor.save_pretrained(args.output_dir)
+    if args.should_save:
+        for pattern in ("model*.safetensors", f"{PREFIX_CHECKPOINT_DIR}-*/model*.safetensors"):
+            give_usual_permissions(Path(str(args.output_dir)).glob(pattern))
 
 
 if __name__ == "__main__":

@@ -150,12 +150,12 @@ def parse_manifest(content: bytes, folder: str) -> tuple[Description, list[Shard
         if manifest["format_version"] == FORMAT_VERSION:
             return _parse(manifest)
     except KeyError as error:
-        raise ValueError(f"{path} is damaged (no {error}): delete {folder} and run embed again.") from error
+        raise ValueError(f"{path} is damaged (no {error}): delete {folder} and run again what made it.") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {folder} and run embed again.") from error
+        raise ValueError(f"{path} is damaged ({error}): delete {folder} and run again what made it.") from error
     raise ValueError(
         f"{path} has format_version {manifest['format_version']!r}, expected {FORMAT_VERSION}: "
-        f"read it with the version of cmcr-hf that wrote it, or delete {folder} and run embed again."
+        f"read it with the version of cmcr-hf that wrote it, or delete {folder} and run again what made it."
     )
 
 

@@ -90,12 +90,7 @@ class LocalPlace:
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is whole under its name, whoever else writes the same one at the same time."""
         own = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
-        try:
-            write_durably(self.folder / name, data, own)
-        except OSError:
-            # On a full disk, it takes space that is to be freed.
-            own.unlink(missing_ok=True)
-            raise
+        write_durably(self.folder / name, data, own)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is still there."""

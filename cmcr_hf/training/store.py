@@ -175,7 +175,7 @@ class EmbeddingStore:
         store = cls(there, *parse_manifest(content, str(there)))
         if not store.complete:
             rows = sum(receipt.rows for receipt in store.receipts())
-            raise ValueError(f"{there} is incomplete, it holds {rows} rows so far: run embed again to go on.")
+            raise ValueError(f"{there} is incomplete, it holds {rows} rows so far: run again what makes it, to go on.")
         store._check_files()
         return store
 
@@ -480,7 +480,7 @@ class EmbeddingStore:
         return embeds
 
     def _damaged(self, name: str, reason: str) -> ValueError:
-        remedy = f"delete {self.folder} and run embed again"
+        remedy = f"delete {self.folder} and run again what made it"
         if isinstance(self.place, HubPlace):
             remedy = "name another revision of it, or let its owner push it again"
         return ValueError(f"{self.folder}/{name} {reason}: {remedy}.")

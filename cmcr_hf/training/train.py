@@ -57,7 +57,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..cpu import tuned_cpu
-from ..durable import locked, named_write_errors, verify_checksums
+from ..durable import give_usual_permissions, locked, named_write_errors, verify_checksums
 from ..evaluation.retrieval import pair_retrieval
 from ..modeling.configuration_cmcr import LEAF_MODALITIES, CMCRConfig
 from ..modeling.modeling_cmcr import CMCRConnector
@@ -585,6 +585,7 @@ def main(argv: list[str] | None = None) -> None:
             connector, history = train_connector(config, embeds, args, validation_rows=arguments.validation_rows)
         if args.should_save:
             connector.save_pretrained(output)
+            give_usual_permissions(output.glob("model*.safetensors"))
             remove_posteriors(output / POSTERIORS)
     if args.should_save:
         metrics = {name: value for name, value in history[-1].items() if name.startswith("eval_")}

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from cmcr_hf.evaluation.labelled import LabelledSet, label_items, load_audioset, load_esc50, load_imagenet, read_words
+from cmcr_hf.training import data
 from cmcr_hf.training.data import Items
 from cmcr_hf.training.recipe import DataSpec
 from tests.media import encode_audio, encode_image, noise, picture
@@ -196,6 +197,21 @@ def test_validation_images_that_are_not_in_folders_are_refused(imagenet: Path) -
         path.rename(imagenet / path.name)
     with pytest.raises(ValueError, match=r"no words for the class 'val'.*CLASS/\*\.JPEG"):
         load_imagenet(imagenet)
+
+
+@pytest.mark.parametrize(("limit", "listings"), [(None, 1), (1, 2)])
+def test_a_data_set_is_listed_twice_only_where_fewer_items_are_told_apart_from_all_classes(
+    esc50: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, listings: int
+) -> None:
+    listed = []
+    for name in ("_list_folder", "_list_table"):
+        original = getattr(data, name)
+        monkeypatch.setattr(data, name, lambda *given, call=original: listed.append(given) or call(*given))
+    for load, folder in ((load_esc50, esc50), (load_imagenet, imagenet)):
+        whole = load(folder).classes
+        listed.clear()
+        found = load(folder, limit=limit)
+        assert (found.classes, len(listed)) == (whole, listings)
 
 
 def test_without_words_a_class_is_called_by_its_name() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from cmcr_hf.cli import main
@@ -347,6 +349,24 @@ def test_stores_of_a_bank_give_what_the_bank_gives(
     found = run(tiny_model, data, *columns, more=stores)
     assert found["metrics"] == expected["metrics"]
     assert str(data) not in json.dumps(found)
+
+
+def test_the_stores_that_an_evaluation_has_kept_serve_as_the_bank_of_another(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("audio=clip", "image=picture")
+    expected = run(tiny_model, data, *columns, more=("--bank", str(data / "bank.txt")))
+    kept = {space: next((data / "out" / "stores").glob(f"{space}-text-*")) for space in ("clip", "clap")}
+    stores = ("--bank", *(f"{space}={shutil.move(path, tmp_path / space)}" for space, path in kept.items()))
+    assert run(tiny_model, data, *columns, more=stores)["metrics"] == expected["metrics"]
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.startswith("clip.text_model") and name.endswith("fc1.weight"))
+    save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["evaluate", "retrieval", "--model", str(other), "--data", str(data / "pairs.csv"), "--device", "cpu"]
+    arguments += ["--columns", *columns, "--output", str(data / "other"), *stores]
+    assert main(arguments) == 1
+    assert "was not made by the clip source 'clip'" in capsys.readouterr().err
 
 
 def test_a_bank_in_one_space_alone_is_refused(
@@ -699,6 +719,7 @@ def test_a_large_matrix_of_scores_is_never_whole_in_memory() -> None:
     growth = peak_growth(
         """
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from cmcr_hf.evaluation.baselines import inner_scorer
 from cmcr_hf.evaluation.pair_ranking import measure_rankings

@@ -571,7 +571,7 @@ def test_a_damaged_store_of_an_evaluation_is_made_anew_by_the_same_command(
         content = damaged.read_bytes()
         damaged.write_bytes(content[: len(content) // 2])
         assert run(tiny_model, folder, "table", *options, data="table.csv") == 1
-        assert f"delete {store} and run this command again." in capsys.readouterr().err
+        assert f"delete {store} and run again what made it." in capsys.readouterr().err
         damaged.write_bytes(content)
     shutil.rmtree(store)
     assert run(tiny_model, folder, "table", *options, data="table.csv") == 0

@@ -1,5 +1,7 @@
 import base64
+import errno
 import io
+import os
 
 import jinja2
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from cmcr_hf.durable import WriteError
 from cmcr_hf.pages.page import PAGE_RATE, picture_uri, remove_page, render, sound_uri, write_page
 
 
@@ -51,6 +54,16 @@ def test_media_are_the_same_bytes_every_time(tmp_path):
     assert sound_uri(tmp_path / "noise.wav") == sound_uri(tmp_path / "noise.wav")
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     assert picture_uri(image) == picture_uri(image)
+
+
+def test_a_page_that_the_disk_has_no_room_for_leaves_nothing_of_itself(tmp_path, monkeypatch):
+    def fill_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fill_disk)
+    with pytest.raises(WriteError, match="No space left on device"):
+        write_page(tmp_path / "report.html", "<html></html>")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("encode", [picture_uri, sound_uri])

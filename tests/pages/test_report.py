@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from cmcr_hf import CMCRConfig, CMCRConnector
+from cmcr_hf.evaluation.baselines import TRAINING_FREE
 from cmcr_hf.evaluation.connection import ROWS, RetrievalSet, Side, baseline_metrics, connector_metrics
 from cmcr_hf.pages import report as page
 from cmcr_hf.pages.report import METHODS, write_report
@@ -143,14 +144,17 @@ def test_what_users_name_is_text_and_never_markup(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "deviation", "answer", "order"),
+    ("value", "deviation", "lead", "answer", "order"),
     [
-        (0.9, 0.01, "Yes, in both directions.", "above"),
-        (0.81, 0.02, "No, it is level in both directions.", "level with"),
-        (0.5, 0.02, "No, in neither direction.", "below"),
+        (0.9, 0.01, (-0.15, -0.05), "Yes, in both directions.", "above"),
+        (0.81, 0.02, (-0.015, -0.005), "No, it is level in both directions.", "level with"),
+        (0.9, 0.01, (-0.21, 0.01), "No, it is level in both directions.", "level with"),
+        (0.5, 0.02, (0.25, 0.35), "No, in neither direction.", "below"),
+        (0.5, 0.02, (-0.01, 0.61), "No, it is level in both directions.", "level with"),
     ],
 )
-def test_the_answer_follows_from_the_numbers(arguments, tmp_path, value, deviation, answer, order):
+def test_the_answer_follows_from_the_numbers(arguments, tmp_path, value, deviation, lead, answer, order):
+    arguments["differences"] = {way: {"one-way bridge": lead} for way in ("audio_to_image", "image_to_audio")}
     arguments["table"] = {
         "chance": metrics(0.1),
         "one-way bridge": metrics(0.8),
@@ -164,9 +168,21 @@ def test_the_answer_follows_from_the_numbers(arguments, tmp_path, value, deviati
     assert answer in text
     assert "From here on, the page shows one of the trainings" in text
     ours = f"mAP of {value:.3f} ±{deviation:.3f}"
-    sentence = f"{ours} is {order} the best training-free method's, one-way bridge at 0.800."
+    told = f"{lead[0]:.3f} to {lead[1]:.3f}, a 95 % interval".replace("-", "\N{MINUS SIGN}")
+    sentence = f"{ours} is {order} the best training-free method's, one-way bridge at 0.800 (its lead: {told})."
     assert text.count(sentence) == 2
+    assert ("the training-free method ranks better" in text) == (order == "below")
     assert text.count("The null reaches 0.100 ±0.020: what is found is owed to the texts") == 2
+
+
+@pytest.mark.parametrize("value", [0.9, 0.5])
+def test_no_method_is_said_to_rank_better_without_a_test(arguments, tmp_path, value):
+    arguments["table"] |= {name: metrics(0.6) for name in TRAINING_FREE} | {"C-MCR": metrics(value)}
+    text = text_of(written(tmp_path, arguments))
+    assert "That was not tested." in text
+    stands = f"mAP of {value:.3f} stands beside the best training-free method's, one-way bridge at 0.600."
+    assert text.count(stands) == 2
+    assert not re.search("ranks better|Yes, in|No, |is above|is below|level", text)
 
 
 def test_a_connection_that_is_no_better_than_the_null_is_called_so(arguments, tmp_path):

@@ -239,8 +239,29 @@ def test_file_names_of_a_table_start_from_its_folder_or_the_one_named(tmp_path):
 def test_an_empty_label_is_no_class(tmp_path):
     (tmp_path / "texts.csv").write_text("text,kind\na dog,\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "a dog", "kind": NaN}\n')
-    for table in ("texts.csv", "texts.jsonl"):
+    (tmp_path / "null.jsonl").write_text('{"text": "a dog", "kind": null}\n')
+    parquet.write_table(pa.table({"text": ["a dog"], "kind": pa.nulls(1, pa.string())}), tmp_path / "texts.parquet")
+    for table in ("texts.csv", "texts.jsonl", "null.jsonl", "texts.parquet"):
         assert next(iter(texts(tmp_path, table=table, label="kind"))).label is None
+
+
+def test_a_missing_text_is_no_item(tmp_path):
+    (tmp_path / "texts.csv").write_text("text,n\na dog,1\n,2\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a dog"}\n{"text": null}\n{"text": NaN}\n{}\n')
+    parquet.write_table(pa.table({"text": ["a dog", None]}), tmp_path / "texts.parquet")
+    for table in ("texts.csv", "texts.jsonl", "texts.parquet"):
+        assert values(texts(tmp_path, table=table, column="text")) == ["a dog"]
+
+
+def test_an_item_of_a_data_set_with_the_class_that_stands_for_none_has_no_class(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"text": ["a dog", "a secret", "another"], "kind": [1, -1, None]}
+    (tmp_path / "stand-in").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "stand-in" / "test.parquet")
+    items = stream(tmp_path, "text", column="text", label="kind", split="test")
+    assert [item.label for item in items] == ["dog", None, None]
+    assert values(stream(tmp_path, "text", column="kind", split="test")) == ["dog"]
+    assert values(stream(tmp_path, "text", column="text", split="test", where={"kind": ["dog"]})) == ["a dog"]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def test_finetuning_reaches_the_sources_on_request(tiny_model, pairs, tmp_path):
     torch.testing.assert_close(model.connector.fingerprint_clip_image, tuned)
 
 
+def test_the_saved_model_and_its_checkpoints_can_be_read_by_whom_their_configurations_can(tiny_model, pairs, tmp_path):
+    run(tiny_model, pairs, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "out" / "config.json").stat().st_mode}
+
+
 def test_held_out_pairs_give_an_evaluation_loss(tiny_model, pairs, tmp_path):
     run(tiny_model, pairs, tmp_path / "out", "--validation_pairs", str(pairs))
     assert '"eval_loss"' in (tmp_path / "out" / "eval_results.json").read_text()

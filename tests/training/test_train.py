@@ -371,6 +371,14 @@ def test_the_script_trains_from_stores_and_saves_a_connector(tmp_path, capsys):
     assert "eval_loss" in json.loads(output[output.rindex("{\n") :])
 
 
+def test_the_saved_connector_and_its_checkpoints_can_be_read_by_whom_their_configurations_can(tmp_path):
+    stores = save_stores(tmp_path, aligned_embeds(32))
+    run_main(tmp_path / "out", stores, "--save_strategy", "epoch")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "out" / "config.json").stat().st_mode}
+
+
 def run_main(folder, stores, *flags, projection_dim=8):
     """Run the script on small batches; return the connector it saved."""
     quick = ["--per_device_train_batch_size", "16", "--num_train_epochs", "1"]
