@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before any import that reads them: offline, one missing file is an error at once and not minutes of retries.
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "cpu_alone" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="of the CPU alone"))
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays. Each Trainer begins with a full collection, which need not go through all of it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
