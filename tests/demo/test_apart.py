@@ -32,3 +32,9 @@ def test_a_job_that_fails_ends_the_others() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         train_apart(sleeps=(time.sleep, 600), fails=(int, "no number"))
     assert time.monotonic() - start < 60
+
+
+def test_a_process_of_the_command_imports_what_its_job_needs_and_no_more(tmp_path: Path) -> None:
+    code = "import pathlib, sys; pathlib.Path(r'{}').write_text(str({{'torch', 'transformers'}} & set(sys.modules)))"
+    train_apart(job=(exec, code.format(tmp_path / "heavy")))
+    assert (tmp_path / "heavy").read_text() == "set()"
