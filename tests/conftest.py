@@ -12,6 +12,7 @@ import cmcr_hf  # noqa: F401
 # isort: split
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from cmcr_hf import CMCRModel, CMCRProcessor, UlipConfig, UlipModel
+from cmcr_hf.evaluation import connection
 from tests.hub_server import WRITER, LocalHub
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
@@ -92,6 +94,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         yield hub
         huggingface_hub.HfFileSystem.clear_instance_cache()
         huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def quick_linear_map() -> Iterator[None]:
+    """The linear map of the tables, trained for a few steps only, for modules that do not ask how good it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "linear_map", partial(connection.linear_map, steps=5))
+        yield
 
 
 @pytest.fixture(scope="session")
