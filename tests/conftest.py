@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before any import that reads them: offline, one missing file is an error at once and not minutes of retries.
@@ -11,6 +12,7 @@ import cmcr_hf  # noqa: F401
 # isort: split
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from cmcr_hf import CMCRModel, CMCRProcessor, UlipConfig, UlipModel
+from cmcr_hf.evaluation import connection
 from tests.hub_server import WRITER, LocalHub
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
@@ -51,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "cpu_alone" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="of the CPU alone"))
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays. Each Trainer begins with a full collection, which need not go through all of it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,6 +94,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         yield hub
         huggingface_hub.HfFileSystem.clear_instance_cache()
         huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def quick_linear_map() -> Iterator[None]:
+    """The linear map of the tables, trained for a few steps only, for modules that do not ask how good it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "linear_map", partial(connection.linear_map, steps=5))
+        yield
 
 
 @pytest.fixture(scope="session")

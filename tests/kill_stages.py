@@ -95,7 +95,7 @@ class Outcome:
 
 
 class Walk:
-    """The undisturbed run: what it left, what was there before each stage, and how long each stage took."""
+    """The undisturbed run: what it left, what was there before each stage, and how long stages take."""
 
     def __init__(self, folder: Path, save_sources: Callable[[Path], object]) -> None:
         self.folder = folder
@@ -121,7 +121,7 @@ class Walk:
         gc.collect()
         gc.freeze()
         self.expected = content(whole / "out")
-        self.seconds = {stage: self._measured(stage) for stage in STAGES}
+        self.seconds: dict[str, float] = {}
 
     def place(self, name: str, stage: str | None = None) -> Path:
         """Return a new folder to run in, as it is before a stage; the same paths in each, relative to it."""
@@ -131,7 +131,8 @@ class Walk:
             shutil.copytree(self.folder / f"before-{stage}", place / "out")
         return place
 
-    def _measured(self, stage: str) -> float:
+    def measure(self, stage: str) -> None:
+        """Measure how long a stage takes when nothing disturbs it."""
         place = self.place("measured", stage)
         child = Child(place)
         start = child.wait_for(STAGES[stage][0])
@@ -140,7 +141,7 @@ class Walk:
         shutil.rmtree(place)
         if start is None or end is None:
             raise RuntimeError(f"A run from the stage {stage} did not report it.")
-        return end - start
+        self.seconds[stage] = end - start
 
     def problem(self, place: Path) -> str:
         """Run the command again and say what is not as the undisturbed run left it; empty if nothing."""
@@ -410,6 +411,8 @@ def main(argv: list[str] | None = None) -> int:
         tasks = [("boundary", f"kill-{index}-{before}", index, before) for index, before in instants]
     else:
         stages = arguments.stage or list(STAGES)
+        for stage in stages:
+            _walk.measure(stage)
         number = signal.Signals[f"SIG{arguments.signal}"]
         tasks = [
             ("random", f"kill-{index}", stages[index % len(stages)], arguments.seed, number)

@@ -19,6 +19,8 @@ from cmcr_hf.cli import main
 from cmcr_hf.modeling.modeling_cmcr import CMCRModel
 from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 
+pytestmark = pytest.mark.usefixtures("quick_linear_map")
+
 KINDS = ("bell", "cat", "dog")
 
 

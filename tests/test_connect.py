@@ -28,6 +28,8 @@ from cmcr_hf.training import embed as embedding
 from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec, load_recipe
 from cmcr_hf.training.store import EmbeddingStore
 
+pytestmark = pytest.mark.usefixtures("quick_linear_map")
+
 KINDS = ("dog", "cat", "bell")
 
 

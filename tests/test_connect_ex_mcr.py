@@ -18,6 +18,8 @@ from cmcr_hf.training import aggregate_stores
 from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec
 from cmcr_hf.training.store import EmbeddingStore
 
+pytestmark = pytest.mark.usefixtures("quick_linear_map")
+
 KINDS = ("bell", "cat", "dog")
 
 

@@ -16,6 +16,8 @@ from cmcr_hf.modeling.processing_cmcr import CMCRProcessor
 from cmcr_hf.training.recipe import DataSpec, EvaluateSpec, Recipe, SourceSpec, TrainSpec
 from cmcr_hf.training.store import EmbeddingStore
 
+pytestmark = pytest.mark.usefixtures("quick_linear_map")
+
 KINDS = ("bell", "cat", "dog")
 WAYS = [f"{a}_to_{b}" for c in ("image", "text") for a, b in (("point_cloud", c), (c, "point_cloud"))]
 

@@ -17,6 +17,8 @@ import yaml
 from cmcr_hf.cli import main
 from cmcr_hf.demo import world
 
+pytestmark = pytest.mark.usefixtures("quick_linear_map")
+
 SCRIPT = Path(__file__).with_name("kill_stages.py")
 ROOT = SCRIPT.parents[1]
 spec = importlib.util.spec_from_file_location("kill_stages", SCRIPT)

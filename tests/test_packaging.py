@@ -84,7 +84,10 @@ def test_wheel_holds_the_text_of_the_model_card(wheel: Path) -> None:
         assert archive.read("cmcr_hf/conversion/MODEL_CARD.md") == (ROOT / "MODEL_CARD.md").read_bytes()
 
 
-def test_wheel_imports_in_a_fresh_environment_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def imported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Import the wheel in a fresh environment away from the checkout; return that and what was printed."""
+    tmp_path = tmp_path_factory.mktemp("imported")
     environment = tmp_path / "environment"
     venv.create(environment)
     python = environment / "bin" / "python"
@@ -94,14 +97,28 @@ def test_wheel_imports_in_a_fresh_environment_away_from_the_checkout(wheel: Path
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")
 
     code = (
-        "import cmcr_hf, importlib.metadata as m; print(cmcr_hf.__file__); print(m.version('cmcr-hf')); "
-        "print(m.entry_points(group='console_scripts', name='cmcr')['cmcr'].load().__module__)"
+        "import torch; print(torch.get_float32_matmul_precision()); "
+        "import cmcr_hf, cmcr_hf.training.embed, importlib.metadata as m; print(cmcr_hf.__file__); "
+        "print(m.version('cmcr-hf')); "
+        "print(m.entry_points(group='console_scripts', name='cmcr')['cmcr'].load().__module__); "
+        "print(torch.get_float32_matmul_precision())"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(packages / "cmcr_hf" / "__init__.py"), PROJECT["version"], "cmcr_hf.cli"]
+    return environment, done.stdout.splitlines()
+
+
+def test_wheel_imports_in_a_fresh_environment_away_from_the_checkout(imported: tuple[Path, list[str]]) -> None:
+    environment, (_, *printed, _) = imported
+    (packages,) = environment.glob("lib/python*/site-packages")
+    assert printed == [str(packages / "cmcr_hf" / "__init__.py"), PROJECT["version"], "cmcr_hf.cli"]
     assert (environment / "bin" / "cmcr").is_file()
+
+
+def test_importing_the_package_changes_no_setting_of_torch(imported: tuple[Path, list[str]]) -> None:
+    _, (before, *_, after) = imported
+    assert after == before == "highest"
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .apart import train_apart
 from .captions import concept_phrase, image_caption, sound_caption
 from .concepts import CONCEPTS
 from .drawing import draw
@@ -43,7 +44,6 @@ from .pretraining import (
     picture_features,
     relabelled_map,
     save,
-    train_apart,
     train_clip,
     train_on_captions,
     unit,

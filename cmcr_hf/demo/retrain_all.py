@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..modeling.modeling_ulip import UlipModel
+from .apart import train_apart
 from .captions import concept_phrase
 from .concepts import CONCEPTS
 from .drawing import draw
@@ -29,7 +30,6 @@ from .pretraining import (
     picture_features,
     relabelled_map,
     shifted_or_mirrored,
-    train_apart,
     train_clip,
     unit,
     write_figures,

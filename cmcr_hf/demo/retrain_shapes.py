@@ -14,6 +14,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..modeling.modeling_ulip import UlipModel
+from .apart import train_apart
 from .concepts import COLOURS
 from .pretraining import (
     CaptionedPictures,
@@ -25,7 +26,6 @@ from .pretraining import (
     picture_features,
     relabelled_map,
     shifted_or_mirrored,
-    train_apart,
     train_clip,
     unit,
     write_figures,

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from cmcr_hf.demo.pretraining import (
     folder_bytes,
     relabelled_map,
     shifted_or_mirrored,
-    train_apart,
     train_contrastively,
     unit,
 )
@@ -112,22 +109,3 @@ def test_bytes_are_those_of_each_folder(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_bytes(b"x" * size)
     assert folder_bytes(tmp_path, "clip", "ulip") == {"clip": 3, "ulip": 5}
-
-
-def test_jobs_run_in_processes_of_their_own_with_one_thread_and_the_environment_is_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    code = "import os, pathlib; pathlib.Path(r'{}').write_text(os.environ['OMP_NUM_THREADS'] + ' ' + str(os.getpid()))"
-    jobs = {name: (exec, code.format(tmp_path / name)) for name in ("first", "second")}
-    assert set(train_apart(**jobs)) == {"first", "second"}
-    threads, processes = zip(*((tmp_path / name).read_text().split() for name in jobs), strict=True)
-    assert threads == ("1", "1") and os.environ["OMP_NUM_THREADS"] == "7"
-    assert len({*processes, str(os.getpid())}) == 3
-
-
-def test_a_job_that_fails_ends_the_others() -> None:
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="invalid literal"):
-        train_apart(sleeps=(time.sleep, 600), fails=(int, "no number"))
-    assert time.monotonic() - start < 60

@@ -14,7 +14,7 @@ def small_demo(tmp_path_factory):
     """The demonstration with its shipped encoders in a world of a fifth of the size."""
     recipe = load_recipe("demo")
     world = {"images": 12, "sounds": 12, "texts": 60, "test_images": 6, "test_sounds": 6}
-    small = replace(recipe, world=world, train=replace(recipe.train, epochs=20, batch_size=256))
+    small = replace(recipe, world=world, train=replace(recipe.train, epochs=8, batch_size=256))
     folder = tmp_path_factory.mktemp("demo")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -1,10 +1,5 @@
 """A CMCRModel with a ULIP source: point clouds, the towers that a ULIP may lack, and a processor without audio."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +10,6 @@ from transformers import CLIPConfig, CLIPModel
 from cmcr_hf import CMCRConfig, CMCRConnector, CMCRModel, CMCRProcessor, UlipConfig, UlipModel
 from cmcr_hf.conversion.convert_cmcr import read_connector
 from cmcr_hf.conversion.convert_openshape import read_record
-from tests.stranger import WITHOUT_THE_PACKAGE
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37}
 IDS = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]])
@@ -270,51 +264,6 @@ def test_the_towers_of_a_ulip_decide_on_its_modalities():
     assert config(vision_config={}).modalities_of("ulip") == ("point_cloud", "image")
     assert config(vision_config={}, text_config={}).modalities_of("ulip") == ("point_cloud", "image", "text")
     assert CMCRConfig(projectors={"ulip": {"input_dim": 8}}).modalities_of("ulip") == ("point_cloud", "image", "text")
-
-
-STRANGER = (
-    WITHOUT_THE_PACKAGE
-    + """
-import json, sys
-import numpy as np, torch
-from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
-
-torch.set_num_threads(1)
-cloud = np.random.default_rng(0).normal(size=(60, 3))
-tensors = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    if name == "source":
-        points = torch.from_numpy(cloud).float()[None]
-        with torch.no_grad():
-            tensors[name] = model.get_point_cloud_features(points).pooler_output
-        continue
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    with torch.no_grad():
-        tensors[name] = model.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
-save_file(tensors, sys.argv[2])
-"""
-)
-
-
-def test_a_process_without_the_package_embeds_clouds(tiny_ulip_model, tiny_ulip, model, processor, tmp_path):
-    connector = tmp_path / "connector"
-    model.connector.save_pretrained(connector)
-    processor.save_pretrained(connector)
-    folders = json.dumps({"full": str(tiny_ulip_model), "connector": str(connector), "source": str(tiny_ulip)})
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", STRANGER, folders, str(tmp_path / "out.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        cloud = np.random.default_rng(0).normal(size=(60, 3))
-        expected = model.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
-        source = model.ulip.get_point_cloud_features(**processor(point_clouds=cloud)).pooler_output
-    found = load_file(tmp_path / "out.safetensors")
-    assert torch.allclose(found["source"], source, rtol=0, atol=1e-6)
-    for embeds in (found["full"], found["connector"]):
-        assert torch.allclose(embeds, expected, rtol=0, atol=1e-6)
 
 
 def test_the_released_connector_runs_on_the_released_clouds(shared):

@@ -36,7 +36,7 @@ import numpy as np, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
-folders, out = json.loads(sys.argv[1]), sys.argv[2]
+folders, cloud_folders, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 texts, noise = ["a dog barks", "the sea"], np.random.default_rng(0)
 pictures = list(noise.integers(0, 256, (2, 40, 50, 3), np.uint8))
@@ -66,6 +66,15 @@ images = pipeline("zero-shot-image-classification", model=folders["full"], trust
 audio = pipeline("zero-shot-audio-classification", model=folders["full"], trust_remote_code=True)
 from PIL import Image
 report["pipelines"] = [images(Image.fromarray(pictures[0]), labels), audio(sounds[0], candidate_labels=labels)]
+cloud = np.random.default_rng(0).normal(size=(60, 3))
+for name, folder in cloud_folders.items():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    if name == "source":
+        inputs = {"point_clouds": torch.from_numpy(cloud).float()[None]}
+    else:
+        inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(point_clouds=cloud)
+    with torch.no_grad():
+        tensors[f"clouds_{name}"] = model.get_point_cloud_features(**inputs).pooler_output
 save_file(tensors, f"{out}/embeds.safetensors")
 with open(f"{out}/report.json", "w") as file:
     json.dump(report, file)
@@ -88,12 +97,21 @@ def folders(tiny_clip, tiny_clap, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stranger(folders, tmp_path_factory):
+def cloud_folders(tiny_ulip_model, tiny_ulip, tmp_path_factory):
+    """CLIP and ULIP with their connector, that connector alone, and the ULIP alone."""
+    connector = tmp_path_factory.mktemp("saved") / "cloud-connector"
+    CMCRModel.from_pretrained(tiny_ulip_model).connector.save_pretrained(connector)
+    CMCRProcessor.from_pretrained(tiny_ulip_model).save_pretrained(connector)
+    return {"full": str(tiny_ulip_model), "connector": str(connector), "source": str(tiny_ulip)}
+
+
+@pytest.fixture(scope="module")
+def stranger(folders, cloud_folders, tmp_path_factory):
     """What a process without the package made of the folders."""
     out = tmp_path_factory.mktemp("stranger")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {**clean, "HF_MODULES_CACHE": str(out / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", STRANGER, json.dumps(folders), str(out)]
+    command = [sys.executable, "-I", "-c", STRANGER, json.dumps(folders), json.dumps(cloud_folders), str(out)]
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
@@ -125,6 +143,20 @@ def test_embeddings_without_the_package_are_bit_equal(stranger, folders, kind):
     assert torch.equal(embeds[f"{kind}_audio"], output.audio_embeds)
     clap = model.get_text_features(**processor(text=texts, space="clap"), space="clap").pooler_output
     assert torch.equal(embeds[f"{kind}_clap"], clap)
+
+
+def test_a_process_without_the_package_embeds_clouds(stranger, cloud_folders):
+    model = CMCRModel.from_pretrained(cloud_folders["full"])
+    inputs = CMCRProcessor.from_pretrained(cloud_folders["full"])(
+        point_clouds=np.random.default_rng(0).normal(size=(60, 3))
+    )
+    with torch.no_grad():
+        expected = model.get_point_cloud_features(**inputs).pooler_output
+        source = model.ulip.get_point_cloud_features(**inputs).pooler_output
+    found = load_file(stranger / "embeds.safetensors")
+    assert torch.allclose(found["clouds_source"], source, rtol=0, atol=1e-6)
+    for kind in ("full", "connector"):
+        assert torch.allclose(found[f"clouds_{kind}"], expected, rtol=0, atol=1e-6)
 
 
 def test_what_is_saved_without_the_package_is_what_was_loaded(stranger, folders):
@@ -199,9 +231,9 @@ def test_the_folders_of_a_connection_carry_the_code(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_package_untrusted_code_is_not_run(folders, tmp_path):
+def test_without_the_package_untrusted_code_is_not_run(folders, cloud_folders, tmp_path):
     code = STRANGER.replace("trust_remote_code=True", "trust_remote_code=False")
-    command = [sys.executable, "-I", "-c", code, json.dumps(folders), str(tmp_path)]
+    command = [sys.executable, "-I", "-c", code, json.dumps(folders), json.dumps(cloud_folders), str(tmp_path)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode != 0

@@ -108,7 +108,10 @@ def test_the_temperatures_that_are_chosen_match_items_of_the_same_hidden_thing()
 @pytest.mark.parametrize("texts", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_bank_is_read_in_bounded_memory(texts):
     """A bank of a million texts takes no more than its weights that are kept."""
+    # As for the command, whose package imports nothing that is not used.
     code = f"""
+import sys
+sys.argv = ["cmcr"]
 import resource, torch
 from cmcr_hf.training.posteriors import matches, posteriors
 torch.set_num_threads(1)
