@@ -80,6 +80,7 @@ def connection_card(
                 space: f"{chosen[space]:.4g}" for space in config.spaces if space in chosen
             },
             "power of the targets": config.target_power,
+            "their lift": config.target_lift,
             "items mixed": config.mix_items,
         }
     else:

@@ -110,6 +110,7 @@ DISTILLATION_CHANGES: dict[str, dict[str, Any]] = {
     "the noise of C-MCR": {"noise_norm": 1.4310835},
     "items that are not mixed": {"mix_items": False},
     "targets to the power 1": {"target_power": 1},
+    "targets without lift": {"target_lift": 0},
     "cosines at temperature 0.1": {"leaf_temperature": 0.1},
 }
 DEAR = ("items that are not mixed",)

@@ -93,6 +93,10 @@ class CMCRConfig(PreTrainedConfig):
         target_power:
             Of `bridge-distillation`: its targets are the rows, and the columns, of this power of the probability that
             two items draw the same text. 2 to 5 train equally well.
+        target_lift:
+            Of `bridge-distillation`, from 0 to 1: from how much items match on their own. At 0 a target is the
+            probability that two items draw the same text, at 1 how many times more probable that is than with any
+            item of the batch: what matches everything is then nobody's target.
         mix_items:
             Of `bridge-distillation`: whether each item is interpolated with another of the batch, and its targets
             with those of the other. It helps where texts are few, and costs nothing.
@@ -145,6 +149,7 @@ class CMCRConfig(PreTrainedConfig):
     overlap_temperature: float | int | None = None
     leaf_temperature: float | int | None = None
     target_power: float | int = 3
+    target_lift: float | int = 1
     mix_items: bool = True
     posterior_temperatures: dict[str, float | int] | None = None
     posterior_top: int = 1024
@@ -327,6 +332,8 @@ class CMCRConfig(PreTrainedConfig):
                     f"posterior_temperatures lack {' and '.join(missing)}, expected those of both spaces of the "
                     f"bridge, got {self.posterior_temperatures!r}. Name both, or none: the training chooses them."
                 )
+        if not 0 <= self.target_lift <= 1:
+            raise ValueError(f"target_lift must be from 0 to 1, got {self.target_lift}.")
         for name in ("intra_weight", "noise_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must not be negative, and finite, got {getattr(self, name)}.")

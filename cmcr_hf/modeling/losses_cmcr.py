@@ -40,23 +40,30 @@ def symmetric_info_nce(
 
 
 def matched_cross_entropy(
-    a: torch.Tensor, b: torch.Tensor, matches: torch.Tensor, scale: float, power: float
+    a: torch.Tensor, b: torch.Tensor, matches: torch.Tensor, scale: float, power: float, lift: float = 0.0
 ) -> torch.Tensor:
     """Return the mean of both directions' cross entropies between unit rows and how well they match.
 
-    The targets of a row of `a` are its `matches ** power` divided by their sum, and those of a row of `b` its column
-    likewise. With the identity as matches this is `symmetric_info_nce`.
+    The targets of a row of `a` are `(matches / mean ** lift) ** power` divided by their sum, where the mean is that of
+    the matches of each row of `b`; those of a row of `b` likewise. With the identity as matches this is
+    `symmetric_info_nce`.
 
     Args:
         a, b: `(n, dim)` and `(m, dim)`, in no common order.
         matches: `(n, m)`, 0 or more.
         scale: inverse temperature of the cosines.
+        lift: 0 takes matches as they are, 1 how many times better than the mean of the other rows one matches.
     """
     # A power of small probabilities would underflow, not so the softmax of its logarithm.
-    evidence = power * matches.clamp_min(torch.finfo(matches.dtype).tiny).log()
+    evidence = matches.clamp_min(torch.finfo(matches.dtype).tiny).log()
     with torch.autocast(a.device.type, enabled=False):
         logits = scale * (a @ b.T)
-        losses = [-(evidence.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean() for dim in (1, 0)]
+        losses = []
+        for dim in (1, 0):
+            # But for a constant, which the softmax divides by.
+            common = evidence.logsumexp(1 - dim, keepdim=True)
+            targets = (power * (evidence - lift * common)).softmax(dim)
+            losses.append(-(targets * logits.log_softmax(dim)).sum(dim).mean())
     return (losses[0] + losses[1]) / 2
 
 

@@ -382,7 +382,8 @@ class CMCRConnector(CMCRPreTrainedModel):
         """Return how far the cosines of unpaired items are from what the overlap modality says of them."""
         leaf_a, leaf_b = (projected[name].float() for name in _leaves_of(bridge))
         scale = 1 / self.config.leaf_temperature  # type: ignore[operator]
-        loss = matched_cross_entropy(leaf_a, leaf_b, matches.float(), scale, self.config.target_power)
+        power, lift = self.config.target_power, self.config.target_lift
+        loss = matched_cross_entropy(leaf_a, leaf_b, matches.float(), scale, power, lift)
         return {"loss": loss, "loss_leaf": loss}
 
     def _c_mcr_terms(self, bridge: list[str], projected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

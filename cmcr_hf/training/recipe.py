@@ -43,7 +43,8 @@ MODALITIES = ("text", "image", "audio", "point_cloud")
 OBJECTIVES_OF = {
     **dict.fromkeys(("overlap_temperature", "intra_weight", "intra_squared"), ("c-mcr", "ex-mcr")),
     **dict.fromkeys(
-        ("target_power", "mix_items", "posterior_temperatures", "posterior_top"), ("bridge-distillation",)
+        ("target_power", "target_lift", "mix_items", "posterior_temperatures", "posterior_top"),
+        ("bridge-distillation",),
     ),
 }
 # What no recipe comes near: beyond it, a file is another one or means harm.

@@ -140,7 +140,8 @@ def test_an_unknown_kind_of_source_must_state_its_width():
 
 def test_bridge_distillation_has_noise_and_a_temperature_of_its_own():
     config = CMCRConfig(objective="bridge-distillation")
-    assert (config.noise_norm, config.leaf_temperature, config.target_power, config.mix_items) == (0.35, 0.2, 3, True)
+    assert (config.noise_norm, config.leaf_temperature, config.mix_items) == (0.35, 0.2, True)
+    assert (config.target_power, config.target_lift) == (3, 1)
     assert CMCRConfig().noise_norm == pytest.approx(1.4310835)
     assert CMCRConfig(objective="bridge-distillation", noise_norm=0.5).noise_norm == 0.5
     layout = {"layout": "linear-bn-relu-linear-bn", "input_dim": 512, "hidden_dim": 1024}
@@ -155,6 +156,9 @@ def test_bridge_distillation_has_noise_and_a_temperature_of_its_own():
         ({"posterior_temperatures": {"clip": 0.1}}, "posterior_temperatures lack clap, expected those of both spaces"),
         ({"posterior_temperatures": {}}, "posterior_temperatures lack clip and clap"),
         ({"target_power": 0}, "target_power must be positive"),
+        ({"target_lift": -0.1}, "target_lift must be from 0 to 1"),
+        ({"target_lift": 1.1}, "target_lift must be from 0 to 1"),
+        ({"target_lift": float("nan")}, "target_lift must be from 0 to 1"),
         ({"posterior_top": 0}, "posterior_top must be a whole number"),
     ],
 )

@@ -153,6 +153,19 @@ def test_the_loss_of_matches_is_the_cross_entropy_with_their_powers_by_row_and_b
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)
 
 
+def test_the_lift_of_matches_is_from_the_mean_of_what_a_row_matches():
+    a, b = unit_rows(5, 4, dtype=torch.float64)
+    b = b[:3]
+    matches = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = a @ b.T / 0.2
+    # Half of it: the square root of the mean.
+    rows = (matches / matches.mean(dim=0).sqrt()) ** 3
+    columns = (matches / matches.mean(dim=1, keepdim=True).sqrt()) ** 3
+    rows, columns = rows / rows.sum(dim=1, keepdim=True), columns / columns.sum(dim=0)
+    expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns.T)) / 2
+    torch.testing.assert_close(matched_cross_entropy(a, b, matches, 5.0, 3, 0.5), expected, rtol=1e-10, atol=0)
+
+
 def test_the_loss_of_matches_of_one_each_is_that_of_aligned_rows():
     a, b = unit_rows(6, 5)
     torch.testing.assert_close(matched_cross_entropy(a, b, torch.eye(6), 20.0, 3), symmetric_info_nce(a, b, 20.0))
