@@ -33,7 +33,7 @@ from cmcr_hf.training.train import ConnectorTrainingArguments, train_connector
 from .variants import EDITS, Variant
 
 # To be raised with any change of the package or of these files that makes other connectors of the same settings.
-VERSION = 1
+VERSION = 2
 EX_MCR_HIDDEN_DIM = 1024
 
 
