@@ -704,11 +704,18 @@ def test_the_distillation_loss_compares_all_items_of_both_memories_with_their_ma
     matches = torch.rand(5, 7)
     output = connector(embeds, matches=matches)
     image, audio = connector.project(embeds["clip_image"], "clip"), connector.project(embeds["clap_audio"], "clap")
-    logits, powers = image @ audio.T / 0.2, matches**3
-    expected = F.cross_entropy(logits, powers / powers.sum(dim=1, keepdim=True))
-    expected = (expected + F.cross_entropy(logits.T, (powers / powers.sum(dim=0)).T)) / 2
+    logits = image @ audio.T / 0.2
+    # Of an image, how much better than the mean image each sound matches it; of a sound likewise.
+    there, back = ((matches / matches.mean(dim=dim, keepdim=True)) ** 3 for dim in (0, 1))
+    expected = F.cross_entropy(logits, there / there.sum(dim=1, keepdim=True))
+    expected = (expected + F.cross_entropy(logits.T, (back / back.sum(dim=0)).T)) / 2
     torch.testing.assert_close(output.loss, expected)
     assert output.loss_leaf == output.loss
+    connector.config.target_lift = 0
+    powers = matches**3
+    expected = F.cross_entropy(logits, powers / powers.sum(dim=1, keepdim=True))
+    expected = (expected + F.cross_entropy(logits.T, (powers / powers.sum(dim=0)).T)) / 2
+    torch.testing.assert_close(connector(embeds, matches=matches).loss, expected)
     with pytest.raises(ValueError, match="without matches"):
         connector(embeds)
 
