@@ -76,7 +76,8 @@ class SimulatedGpu(TorchDispatchMode):
         known = {_address(tensor) for tensor in tensors}
 
         def place(made: Tensor) -> Tensor:
-            if not made.is_meta and _address(made) not in known:
+            # What is set to a storage lies where that does.
+            if not made.is_meta and _address(made) not in known and func.overloadpacket is not aten.set_:
                 self._place(made, self._storages if is_there else self._pinned if is_pinned else None)
             return made
 

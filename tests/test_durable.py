@@ -61,6 +61,18 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert (tmp_path / "folder" / "file").read_bytes() == b"new"
 
 
+def test_a_link_to_a_folder_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "folder")
+    for data in (b"old", b"new"):
+        with replacement(tmp_path / "link") as folder:
+            folder.mkdir()
+            (folder / "file").write_bytes(data)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "folder" / "file").read_bytes() == b"new"
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "folder", "file", "link"}
+
+
 @pytest.mark.parametrize("call", range(2))
 def test_a_failed_replacement_of_a_folder_leaves_the_old_one_and_nothing_beside_it(tmp_path, monkeypatch, call):
     (tmp_path / "folder").mkdir()

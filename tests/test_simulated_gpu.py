@@ -37,6 +37,12 @@ def test_tensors_of_two_devices_do_not_meet(gpu: SimulatedGpu) -> None:
     assert here.copy_(there).device.type == "cpu"
 
 
+def test_a_tensor_stays_on_the_gpu_when_others_are_set_to_its_storage(gpu: SimulatedGpu) -> None:
+    there = torch.ones(3, device="cuda")
+    assert torch.empty(0).set_(there.untyped_storage()).is_cuda
+    assert there.is_cuda
+
+
 def test_what_is_on_the_gpu_is_no_array_and_is_not_pinned(gpu: SimulatedGpu) -> None:
     there = torch.ones(3, device="cuda")
     with pytest.raises(TypeError, match="numpy"):

@@ -94,9 +94,9 @@ class CMCRConfig(PreTrainedConfig):
             Of `bridge-distillation`: its targets are the rows, and the columns, of this power of the probability that
             two items draw the same text. 2 to 5 train equally well.
         target_lift:
-            Of `bridge-distillation`, from 0 to 1: from how much items match on their own. At 0 a target is the
-            probability that two items draw the same text, at 1 how many times more probable that is than with any
-            item of the batch: what matches everything is then nobody's target.
+            Of `bridge-distillation`, from 0 to 1: how far targets are relative to what an item matches on average. At
+            0 what counts is the probability that two items draw the same text, at 1 how many times the mean over the
+            batch that is: what matches everything alike is then no better a target than any other.
         mix_items:
             Of `bridge-distillation`: whether each item is interpolated with another of the batch, and its targets
             with those of the other. It helps where texts are few, and costs nothing.

@@ -45,24 +45,28 @@ def matched_cross_entropy(
     """Return the mean of both directions' cross entropies between unit rows and how well they match.
 
     The targets of a row of `a` are `(matches / mean ** lift) ** power` divided by their sum, where the mean is that of
-    the matches of each row of `b`; those of a row of `b` likewise. With the identity as matches this is
-    `symmetric_info_nce`.
+    the matches of each row of `b`; those of a row of `b` likewise. A match of 0 is no target at any lift; a row that
+    matches nothing has all targets alike. With the identity as matches this is `symmetric_info_nce`.
 
     Args:
         a, b: `(n, dim)` and `(m, dim)`, in no common order.
         matches: `(n, m)`, 0 or more.
         scale: inverse temperature of the cosines.
-        lift: 0 takes matches as they are, 1 how many times better than the mean of the other rows one matches.
+        lift: 0 takes matches as they are, 1 how many times better than the mean they are.
     """
     # A power of small probabilities would underflow, not so the softmax of its logarithm.
-    evidence = matches.clamp_min(torch.finfo(matches.dtype).tiny).log()
+    tiny = torch.finfo(matches.dtype).tiny
+    evidence = matches.clamp_min(tiny).log()
+    # Else 0, over the mean of a row that matches nothing, would be as good as any match of average lift.
+    none = matches < tiny
     with torch.autocast(a.device.type, enabled=False):
         logits = scale * (a @ b.T)
         losses = []
         for dim in (1, 0):
             # But for a constant, which the softmax divides by.
             common = evidence.logsumexp(1 - dim, keepdim=True)
-            targets = (power * (evidence - lift * common)).softmax(dim)
+            lifted = power * (evidence - lift * common)
+            targets = lifted.masked_fill(none, torch.finfo(lifted.dtype).min).softmax(dim)
             losses.append(-(targets * logits.log_softmax(dim)).sum(dim).mean())
     return (losses[0] + losses[1]) / 2
 

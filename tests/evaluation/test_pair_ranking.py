@@ -719,7 +719,6 @@ def test_a_large_matrix_of_scores_is_never_whole_in_memory() -> None:
     growth = peak_growth(
         """
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from cmcr_hf.evaluation.baselines import inner_scorer
 from cmcr_hf.evaluation.pair_ranking import measure_rankings

@@ -166,6 +166,33 @@ def test_the_lift_of_matches_is_from_the_mean_of_what_a_row_matches():
     torch.testing.assert_close(matched_cross_entropy(a, b, matches, 5.0, 3, 0.5), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("lift", [0.0, 1.0])
+def test_what_does_not_match_at_all_is_no_target_at_any_lift(lift):
+    a, b = unit_rows(5, 4)
+    matches = torch.rand(5, 5, generator=torch.Generator().manual_seed(1))
+    matches[:, 2:] = 0
+    whole = matched_cross_entropy(a, b, matches, 5.0, 3, lift)
+    logits = a @ b.T * 5
+    rows, columns = (matches[:, :2] / matches[:, :2].mean(dim=0) ** lift) ** 3, torch.full((5, 5), 0.2)
+    rows = F.pad(rows / rows.sum(dim=1, keepdim=True), (0, 3))
+    columns[:, :2] = (matches[:, :2] / matches[:, :2].sum(dim=1, keepdim=True) ** lift) ** 3
+    columns = columns / columns.sum(dim=0)
+    expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns.T)) / 2
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("lift", [0.0, 1.0])
+def test_the_targets_of_what_matches_nothing_are_all_alike_and_its_gradient_is_finite(lift):
+    a, b = unit_rows(4, 5)
+    a.requires_grad_()
+    loss = matched_cross_entropy(a, b, torch.zeros(4, 4), 5.0, 3, lift)
+    alike = torch.full((4, 4), 0.25)
+    logits = a @ b.T * 5
+    torch.testing.assert_close(loss, (F.cross_entropy(logits, alike) + F.cross_entropy(logits.T, alike)) / 2)
+    loss.backward()
+    assert a.grad.isfinite().all()
+
+
 def test_the_loss_of_matches_of_one_each_is_that_of_aligned_rows():
     a, b = unit_rows(6, 5)
     torch.testing.assert_close(matched_cross_entropy(a, b, torch.eye(6), 20.0, 3), symmetric_info_nce(a, b, 20.0))
