@@ -572,7 +572,11 @@ def _train(
 
 def _training_key(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Return what a recipe says of the training, by which a run that has begun is known."""
-    return {"connector": recipe.connector_fields, "train": asdict(recipe.train)}
+    fields = recipe.connector_fields
+    if recipe.objective == "bridge-distillation":
+        # Also where the recipe leaves it to the default, which was another before there was the field.
+        fields = {"target_lift": CMCRConfig.target_lift, **fields}
+    return {"connector": fields, "train": asdict(recipe.train)}
 
 
 def _check_stage(folder: Path, key: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -591,6 +595,8 @@ def _check_stage(folder: Path, key: Mapping[str, Mapping[str, Any]]) -> bool:
         raise damaged(state, error, f"Delete the folder {folder}") from error
     # Of the time when there was no other.
     found["connector"].setdefault("objective", "c-mcr")
+    if found["connector"]["objective"] == "bridge-distillation":
+        found["connector"].setdefault("target_lift", 0)
     differing = [
         f"{part}.{name}"
         for part, values in key.items()

@@ -176,7 +176,7 @@ def test_the_page_says_which_method_ranks_better_by_the_test_of_an_evaluation(fi
     expected = bootstrap_means({"mAP": bridge - own["mAP"]})["mAP"]
     assert finished.differences["audio_to_image"]["one-way bridge"] == pytest.approx(expected)
     page = " ".join((finished.folder / "report.html").read_text().split()).replace("\N{MINUS SIGN}", "-")
-    leads = re.findall(r"its lead: ([-\d.]+) to ([-\d.]+), a 95 % interval", page)
+    leads = re.findall(r"'s lead: ([-\d.]+) to ([-\d.]+), a 95 % interval", page)
     orders = re.findall(r"<strong>(above|below|level with)</strong> the best training-free", page)
     assert len(leads) == len(orders) == 2
     for (low, high), order in zip(leads, orders, strict=True):
@@ -819,7 +819,7 @@ def test_bridge_distillation_trains_on_the_memories_themselves(recipe, data, tmp
 
 def test_another_objective_is_refused_before_anything_is_computed(recipe, data, copy):
     before = content(copy)
-    with pytest.raises(ValueError, match=r"train holds a training run with other connector\.objective\. Use another"):
+    with pytest.raises(ValueError, match=r"train holds a training run with other connector\.objective, "):
         connect(replace(recipe, connector={"objective": "bridge-distillation", "projection_dim": 8}), copy, data)
     assert content(copy) == before
 
@@ -831,6 +831,21 @@ def test_a_run_of_the_time_before_other_objectives_is_kept(recipe, data, copy, c
     stage.write_text(json.dumps(document))
     lines = []
     connect(recipe, copy, data, report=lines.append)
+    assert any(line.startswith("train: kept") for line in lines)
+
+
+def test_a_run_of_the_time_before_targets_were_relative_is_not_continued_with_those(recipe, data, tmp_path):
+    distilling = replace(recipe, connector={"projection_dim": 8, "objective": "bridge-distillation"}, evaluate=None)
+    connect(distilling, tmp_path / "run", data)
+    stage = tmp_path / "run" / "train" / walk.STAGE
+    document = json.loads(stage.read_text())
+    assert document["key"]["connector"].pop("target_lift") == 1
+    stage.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"holds a training run with other connector\.target_lift"):
+        connect(distilling, tmp_path / "run", data)
+    lines = []
+    before = replace(distilling, connector={**distilling.connector, "target_lift": 0})
+    connect(before, tmp_path / "run", data, report=lines.append)
     assert any(line.startswith("train: kept") for line in lines)
 
 

@@ -10,13 +10,6 @@ from torch.nn.functional import normalize
 from .retrieval import check_cutoffs, check_scores, gold_places
 
 
-def top_k_accuracy(
-    scores: torch.Tensor, labels: Sequence[int] | torch.Tensor, ks: Sequence[int] = (1, 3, 5)
-) -> dict[str, float]:
-    """Measure how often the true class is among the k best ones: the means of [`top_k_hits`], in [0, 1]."""
-    return {name: hits.mean().item() for name, hits in top_k_hits(scores, labels, ks).items()}
-
-
 def top_k_hits(
     scores: torch.Tensor, labels: Sequence[int] | torch.Tensor, ks: Sequence[int] = (1, 3, 5)
 ) -> dict[str, torch.Tensor]:

@@ -11,8 +11,14 @@ from cmcr_hf.evaluation.classification import (
     average_precision,
     average_precision_of_draws,
     class_embeds,
-    top_k_accuracy,
+    top_k_hits,
 )
+
+
+def top_k_accuracy(
+    scores: torch.Tensor, labels: list[int] | torch.Tensor, ks: tuple[int, ...] = (1, 3, 5)
+) -> dict[str, float]:
+    return {name: hits.mean().item() for name, hits in top_k_hits(scores, labels, ks).items()}
 
 
 @pytest.mark.parametrize("classes", [5, 40])
