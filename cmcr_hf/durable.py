@@ -95,9 +95,9 @@ def replacement(folder: Path) -> Iterator[Path]:
     Otherwise the folder is as it was, and what was written is removed; what a kill leaves, the next replacement
     removes.
     """
-    # A link stays one, and what it leads to is replaced.
-    folder = Path(os.path.realpath(folder))
     with named_write_errors(folder.parent):
+        # A link stays one, and what it leads to is replaced.
+        folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
         _clear_replacement(folder)
         new, old = temporary_path(folder), _old_path(folder)
         try:

@@ -255,6 +255,8 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
             "current_stream": lambda device=None: current,
             "stream": gpu.stream,
         },
+        # A build of torch for CUDA would ask its driver.
+        torch.accelerator: {"is_available": lambda: False, "current_accelerator": lambda check_available=False: None},
         torch.cuda.random: {
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": _nothing,
