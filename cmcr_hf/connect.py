@@ -33,8 +33,7 @@ from .evaluation.connection import (
     check_classes,
     connector_values,
     differences,
-    means,
-    sets_chance,
+    metrics_table,
 )
 from .modeling.configuration_cmcr import CMCRConfig
 from .modeling.modeling_cmcr import CMCRConnector, CMCRModel
@@ -313,8 +312,7 @@ def connect(
             sets = _retrieval_sets(bridges, native, sides, names, held_back.get("names"))
             with _stage("evaluate", report) as done:
                 baselines, own = baseline_values(sets), connector_values(model.connector, sets)
-                values = {**baselines, ROWS[recipe.objective]: own}
-                table = {"chance": sets_chance(sets), **{name: means(rows) for name, rows in values.items()}}
+                table = metrics_table(sets, {**baselines, ROWS[recipe.objective]: own})
                 apart = differences(baselines, own)
                 write_json(folder / "evaluation.json", {"recipe": recipe.name, "metrics": table})
                 counts = [f"{len(items)} {NOUNS[modality]}" for modality, items in media.items()]

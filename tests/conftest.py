@@ -69,7 +69,7 @@ def _everything_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> Iterator[SimulatedGpu]:
+def gpu() -> Iterator[SimulatedGpu]:
     """A simulated GPU, which the test has to name as the device or to leave to the default."""
     with simulated_gpu() as gpu:
         yield gpu

@@ -89,7 +89,7 @@ class SimulatedGpu(TorchDispatchMode):
             self._storages.pop(address, None)
             self._pinned.pop(address, None)
             if where is not None:
-                where[address] = (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
+                where[address] = _storage(tensor)
         return tensor
 
     def move(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None, non_blocking: bool) -> Tensor:
@@ -169,10 +169,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
+
+
 def _address(tensor: Tensor) -> int:
-    if tensor.is_meta:
-        return 0
-    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()._cdata
+    return 0 if tensor.is_meta else _storage(tensor)._cdata
 
 
 @contextmanager

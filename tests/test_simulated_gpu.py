@@ -142,23 +142,28 @@ def test_nan_in_the_memory_is_told_at_the_end(gpu: SimulatedGpu) -> None:
         aggregate(unit_rows(5, 16).to("cuda"), memory)
 
 
-@pytest.mark.parametrize("shared", [test_train, test_distillation], ids=["c-mcr", "bridge-distillation"])
-def test_training_is_the_same_whether_or_not_the_data_fits_on_the_gpu(shared, gpu, tmp_path, monkeypatch) -> None:
-    weights = []
+@pytest.mark.parametrize(
+    ("shared", "embeds"),
+    [(test_train, test_train.aligned_embeds(48)), (test_distillation, test_distillation.unpaired_embeds())],
+    ids=["c-mcr", "bridge-distillation"],
+)
+def test_training_is_the_same_whether_or_not_the_data_fits_on_the_gpu(
+    shared, embeds, gpu, tmp_path, monkeypatch
+) -> None:
+    connectors = []
     for fits in (True, False):
         monkeypatch.setattr(train, "fit_on_device", lambda nbytes, args, fits=fits: fits)
-        embeds = shared.aligned_embeds(48) if shared is test_train else shared.unpaired_embeds()
         args = shared.arguments(tmp_path / f"fits {fits}", use_cpu=False, save_strategy="no")
         assert args.device.type == "cuda"
         before = gpu.operations
         connector, _ = train.train_connector(shared.small_config(), embeds, args, log_lines=False)
         assert gpu.operations > before
-        weights.append({name: value.cpu() for name, value in connector.state_dict().items()})
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        connectors.append(connector)
+    assert test_train.equal_weights(*connectors)
 
 
 def test_the_commands_choose_the_gpu_and_embed_as_the_cpu_does(
-    gpu: SimulatedGpu, tiny_model: Path, tiny_clap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpu: SimulatedGpu, tiny_clap: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "texts.csv"
     table.write_text("text\na dog barks\nthe sea\na bell rings\n")

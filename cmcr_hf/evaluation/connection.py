@@ -154,14 +154,15 @@ def _cut_offs(query_labels: Sequence[str], gallery_labels: Sequence[str]) -> tup
     return tuple(k for k in (1, 10) if k <= min(len(query_labels), len(gallery_labels)))
 
 
-def sets_chance(sets: Sequence[RetrievalSet]) -> Metrics:
-    """Return what a random ranking gives on average on all sets."""
-    return {direction: metrics for part in sets for direction, metrics in part.chance().items()}
+def metrics_table(sets: Sequence[RetrievalSet], values: Mapping[str, Values]) -> dict[str, Metrics]:
+    """Return the metrics of chance on all sets, and of methods from their values, by name."""
+    chances = {direction: metrics for part in sets for direction, metrics in part.chance().items()}
+    return {"chance": chances, **{name: means(rows) for name, rows in values.items()}}
 
 
 def baseline_metrics(sets: Sequence[RetrievalSet]) -> dict[str, Metrics]:
     """Return the metrics of chance and of every baseline (see `baseline_scores`) on all sets, by name."""
-    return {"chance": sets_chance(sets), **{name: means(values) for name, values in baseline_values(sets).items()}}
+    return metrics_table(sets, baseline_values(sets))
 
 
 def baseline_values(sets: Sequence[RetrievalSet]) -> dict[str, Values]:
